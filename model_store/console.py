@@ -1,0 +1,46 @@
+"""What the `tosca` commands share: options, tables for people, JSON for machines."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+DEFAULT_STORE = ".tosca/store"
+
+StoreOption = Annotated[
+    str, typer.Option("--store", envvar="TOSCA_STORE", help="Folder or s3://, gs://, az:// URL of the store.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", envvar="TOSCA_DEVICE", help="auto, cpu, cuda or cuda:N.")
+]
+PrecisionOption = Annotated[
+    str, typer.Option("--precision", envvar="TOSCA_PRECISION", help="auto, float32 or bfloat16.")
+]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output, never wrapped or coloured."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    out.print(table)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file named on the command line; a missing one is a usage error."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}") from error

@@ -1,0 +1,253 @@
+"""The module file: one self-describing safetensors file per task version. Format: docs/module-format.md.
+
+Reading trusts nothing: size, header, names, dtypes, shapes, finiteness and digest are checked before a
+tensor is used, and no pickle is ever involved.
+"""
+# K classes, D features, R bottleneck, P = D(D+1)/2, M calibration vectors
+
+import hashlib
+import json
+import re
+import struct
+import unicodedata
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from model_store.backbone import BackboneManifest
+from model_store.bank import TaskModule
+from model_store.calibration import CalibrationSet
+from model_store.errors import FingerprintMismatch, GoldenCheckFailed, InvalidModule
+from model_store.luca import CosineHead, Flow, LuCA
+from model_store.statistics import MAX_SCATTER, ClassStatistics, packed_size
+
+FORMAT = "tosca-module"
+MAX_CLASSES = 10_000
+MAX_CALIBRATION_VECTORS = 128
+MAX_HEADER_BYTES = 4 * 2**20
+GOLDEN_TOLERANCE = 1e-3  # of the largest golden logit (at least 1)
+TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.bool: "bool"}
+
+
+def _check_task_name(name: str) -> str:
+    if not TASK_NAME.fullmatch(name):
+        raise ValueError(
+            "a task name is 1 to 64 ASCII letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    return name
+
+
+def _check_label(label: str) -> str:
+    if not label.strip() or len(label) > 256 or label != label.strip():
+        raise ValueError(f"label {label[:40]!r} must be 1 to 256 characters without blanks around them")
+    if any(unicodedata.category(character).startswith("C") for character in label):
+        raise ValueError(f"label {label[:40]!r} has control characters")
+    return label
+
+
+TaskName = Annotated[str, AfterValidator(_check_task_name)]
+Label = Annotated[str, AfterValidator(_check_label)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class ModuleManifest(BaseModel):
+    """The header of a module file: everything about a task version that is not a tensor."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    format_version: Literal[1] = 1
+    task: TaskName
+    labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    backbone_fingerprint: Sha256
+    feature_dim: int = Field(gt=0, le=65536)
+    bottleneck_dim: int = Field(gt=0, le=65536)
+    flow: Flow = "tosca"
+    luca_weight: float = Field(default=1.0, ge=0.0, le=1e3)
+    closed_form_weight: float = Field(default=0.0, ge=0.0, le=1e3)
+    training: dict[str, str | int | float | bool | None] = Field(default_factory=dict, max_length=64)
+    metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
+    provenance: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "ModuleManifest":
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must be distinct")
+        if self.luca_weight == 0.0 and self.closed_form_weight == 0.0:
+            raise ValueError("luca_weight and closed_form_weight are both 0: the module would answer nothing")
+        return self
+
+
+@dataclass(frozen=True)
+class ModuleFile:
+    """A checked module file: its manifest, its content ready for a bank, and its size."""
+
+    manifest: ModuleManifest
+    module: TaskModule
+    size_bytes: int
+
+    @property
+    def sha256(self) -> str:
+        return self.module.sha256
+
+
+def write_module(
+    manifest: ModuleManifest,
+    luca: LuCA,
+    head: CosineHead,
+    statistics: ClassStatistics,
+    calibration: CalibrationSet,
+) -> bytes:
+    """The bytes of a module file; equal content gives equal bytes."""
+    tensors = {
+        **{f"luca.{name}": value for name, value in luca.state_dict().items()},
+        "head.weight": head.weight_KD,
+        "head.scale": head.scale,
+        "statistics.mean": statistics.mean_KD,
+        "statistics.count": statistics.count_K,
+        "statistics.scatter": statistics.scatter_P,
+        "calibration.cls": calibration.cls_MD,
+        "calibration.label": calibration.label_M,
+        "calibration.logits": calibration.logits_MK,
+        "calibration.held_out_logits": calibration.held_out_logits_MK,
+        "calibration.in_statistics": calibration.in_statistics_M,
+    }
+    metadata = {
+        "format": FORMAT,
+        "manifest": json.dumps(manifest.model_dump(mode="json"), sort_keys=True, ensure_ascii=False),
+    }
+    data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return safetensors.torch.save(data, metadata=metadata)
+
+
+def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
+    """Check the bytes of a module file and build its module on `device`. Raises InvalidModule."""
+    manifest = _read_manifest(data)
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InvalidModule(f"not a whole safetensors file: {error}") from error
+    luca = LuCA(manifest.feature_dim, manifest.bottleneck_dim, manifest.flow)
+    head = CosineHead(manifest.feature_dim, len(manifest.labels))
+    _check_tensors(manifest, tensors, luca)
+    luca.load_state_dict({name: tensors[f"luca.{name}"] for name in luca.state_dict()})
+    head.load_state_dict({"weight_KD": tensors["head.weight"], "scale": tensors["head.scale"]})
+    luca.requires_grad_(False).to(device)
+    head.requires_grad_(False).to(device)
+    module = TaskModule(
+        task=manifest.task,
+        labels=manifest.labels,
+        sha256=hashlib.sha256(data).hexdigest(),
+        luca=luca,
+        head=head,
+        luca_weight=manifest.luca_weight,
+        closed_form_weight=manifest.closed_form_weight,
+        statistics=ClassStatistics(
+            tensors["statistics.mean"], tensors["statistics.count"], tensors["statistics.scatter"]
+        ),
+        calibration=CalibrationSet(
+            tensors["calibration.cls"].to(device),
+            tensors["calibration.label"].to(device),
+            tensors["calibration.logits"].to(device),
+            tensors["calibration.held_out_logits"].to(device),
+            tensors["calibration.in_statistics"].to(device),
+        ),
+    )
+    return ModuleFile(manifest, module, len(data))
+
+
+def check_module(file: ModuleFile, backbone: BackboneManifest) -> None:
+    """Raise unless the module was made for this backbone and reproduces its trainer's outputs here."""
+    manifest = file.manifest
+    if manifest.feature_dim != backbone.feature_dim:
+        raise FingerprintMismatch(
+            f"task {manifest.task!r}: module is for D = {manifest.feature_dim}, "
+            f"backbone {backbone.architecture} has D = {backbone.feature_dim}"
+        )
+    if manifest.backbone_fingerprint != backbone.fingerprint:
+        raise FingerprintMismatch(
+            f"task {manifest.task!r}: module was trained on backbone {manifest.backbone_fingerprint[:12]}…, "
+            f"this store serves {backbone.fingerprint[:12]}…"
+        )
+    golden_MK = file.module.calibration.logits_MK
+    if golden_MK.numel() == 0:
+        return
+    logits_MK = file.module.logits(file.module.calibration.cls_MD.float())
+    error = float((logits_MK - golden_MK).abs().max())
+    allowed = GOLDEN_TOLERANCE * max(1.0, float(golden_MK.abs().max()))
+    if not error <= allowed:
+        raise GoldenCheckFailed(
+            f"task {manifest.task!r}: the module's logits differ by {error:.3g} from those its trainer "
+            f"recorded, at most {allowed:.3g} is allowed"
+        )
+
+
+def _read_manifest(data: bytes) -> ModuleManifest:
+    if len(data) < 8:
+        raise InvalidModule(f"not a safetensors file: {len(data)} bytes are fewer than its length field")
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    if header_bytes > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise InvalidModule(
+            f"not a whole safetensors file: its header claims {header_bytes} bytes, "
+            f"{len(data) - 8} follow and {MAX_HEADER_BYTES} are allowed"
+        )
+    try:
+        header = json.loads(data[8 : 8 + header_bytes])
+    except (ValueError, RecursionError) as error:
+        raise InvalidModule(f"not a safetensors file: its header is no JSON ({error})") from error
+    metadata: Any = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "manifest" not in metadata:
+        raise InvalidModule(f"a safetensors file, but no module: its metadata lacks format {FORMAT!r}")
+    try:
+        return ModuleManifest.model_validate_json(metadata["manifest"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise InvalidModule(f"module manifest: {where}: {first['msg']}") from error
+
+
+def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: LuCA) -> None:
+    D, K = manifest.feature_dim, len(manifest.labels)
+    count = tensors.get("calibration.label")
+    M = count.shape[0] if count is not None and count.dim() == 1 else 0
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        **{f"luca.{name}": (tuple(value.shape), torch.float32) for name, value in luca.state_dict().items()},
+        "head.weight": ((K, D), torch.float32),
+        "head.scale": ((), torch.float32),
+        "statistics.mean": ((K, D), torch.float32),
+        "statistics.count": ((K,), torch.int64),
+        "statistics.scatter": ((packed_size(D),), torch.float32),
+        "calibration.cls": ((M, D), torch.float16),
+        "calibration.label": ((M,), torch.int64),
+        "calibration.logits": ((M, K), torch.float32),
+        "calibration.held_out_logits": ((M, K), torch.float32),
+        "calibration.in_statistics": ((M,), torch.bool),
+    }
+    for name in sorted(expected.keys() - tensors.keys()):
+        raise InvalidModule(f"task {manifest.task!r}: tensor {name!r} is missing")
+    for name in sorted(tensors.keys() - expected.keys()):
+        raise InvalidModule(f"task {manifest.task!r}: tensor {name[:80]!r} is not part of the format")
+    for name, (shape, dtype) in expected.items():
+        value = tensors[name]
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise InvalidModule(
+                f"task {manifest.task!r}: {name} is {tuple(value.shape)} "
+                f"{_DTYPES.get(value.dtype, value.dtype)}, expected {shape} {_DTYPES[dtype]}"
+            )
+        if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+            raise InvalidModule(f"task {manifest.task!r}: {name} holds NaN or infinity")
+    if M > MAX_CALIBRATION_VECTORS:
+        raise InvalidModule(
+            f"task {manifest.task!r}: {M} calibration vectors, at most {MAX_CALIBRATION_VECTORS} are allowed"
+        )
+    if M and not bool(((tensors["calibration.label"] >= 0) & (tensors["calibration.label"] < K)).all()):
+        raise InvalidModule(f"task {manifest.task!r}: calibration labels must lie in 0 … {K - 1}")
+    if int(tensors["statistics.count"].min()) < 1 or int(tensors["statistics.count"].max()) > 2**40:
+        raise InvalidModule(f"task {manifest.task!r}: class counts must lie in 1 … 2^40")
+    if float(tensors["statistics.scatter"].abs().max()) >= MAX_SCATTER:
+        raise InvalidModule(f"task {manifest.task!r}: within-class scatter must be below {MAX_SCATTER:.0e}")

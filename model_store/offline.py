@@ -1,0 +1,44 @@
+"""Answering pictures without a server, through the same bank and the same preprocessing."""
+
+from collections.abc import Sequence
+
+import torch
+
+from model_store.backbone import Backbone
+from model_store.bank import Answer, ModuleBank
+from model_store.preprocess import ImageLimits, load_pixels
+from model_store.publishing import Publisher
+from model_store.selection import Selection
+from model_store.store import ModelStore
+
+
+class OfflinePredictor:
+    """The newest revision of a store (or the one asked for) on one device."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        *,
+        revision: int | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        limits: ImageLimits | None = None,
+    ) -> None:
+        head = store.require_head() if revision is None else store.revision(revision)
+        self.limits = limits or ImageLimits()
+        self.backbone = Backbone.load(store.backbone(head.backbone_fingerprint), device, precision)
+        self.bank: ModuleBank = Publisher(store, self.backbone.device, revision=revision).active.bank
+
+    def answer(
+        self,
+        pictures: Sequence[bytes],
+        *,
+        selection: Selection = "lda",
+        task: str | None = None,
+        top_k: int = 5,
+    ) -> list[Answer]:
+        """Answer encoded pictures. Raises InvalidImage and UnknownTask."""
+        pixels = [load_pixels(data, self.backbone.preprocessing, self.limits) for data in pictures]
+        return self.bank.answer(
+            self.backbone.embed(torch.stack(pixels)), selection=selection, task=task, top_k=top_k
+        )

@@ -1,0 +1,203 @@
+"""Changing what is served: check, build the next bank, measure its impact, publish, switch.
+
+The service and the command line share this path; the service runs it off the request path.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from model_store.backbone import BackboneManifest
+from model_store.bank import ModuleBank
+from model_store.errors import Conflict, HarmsOtherTasks
+from model_store.impact import ImpactReport, TaskHealth, compare_banks
+from model_store.module_file import ModuleFile, check_module, read_module
+from model_store.store import ModelStore, Revision, with_task, without_task
+
+DEFAULT_MARGIN = 0.05
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveSet:
+    """One revision in memory: the bank that answers, and the files it was made of. Immutable."""
+
+    revision: Revision
+    bank: ModuleBank
+    files: Mapping[str, ModuleFile]  # by task
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a change did, or with a dry run what it would do."""
+
+    active: ActiveSet
+    impact: ImpactReport
+    published: bool
+    replaced_sha256: str | None = None
+    harmed: tuple[str, ...] = ()
+
+
+class Publisher:
+    """Follows a store's newest revision and publishes changes to it. One thread at a time."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        device: torch.device | str = "cpu",
+        margin: float = DEFAULT_MARGIN,
+        revision: int | None = None,
+    ) -> None:
+        """Load the newest revision of `store`, or an old one to look at.
+
+        `margin` is the largest share of right answers, in [0, 1], that a registration may cost another
+        task's calibration set before it is refused.
+        """
+        self.store = store
+        self.device = torch.device(device)
+        self.margin = margin
+        start = store.require_head() if revision is None else store.revision(revision)
+        self.backbone: BackboneManifest = store.backbone_manifest(start.backbone_fingerprint)
+        self._health: dict[str, TaskHealth] = {}
+        self.active = self._load(start, None)
+
+    def refresh(self) -> ActiveSet:
+        """Take over revisions that others published. Raises Conflict when the backbone changed."""
+        newest = self.store.head_number(known=self.active.revision.number)
+        if newest != self.active.revision.number:
+            self._switch(self._load(self.store.revision(newest), self.active))
+        return self.active
+
+    def admit(self, data: bytes) -> ModuleFile:
+        """Check a module file against the format and this store's backbone, without keeping it."""
+        file = read_module(data, self.device)
+        check_module(file, self.backbone)
+        return file
+
+    def register(
+        self, data: bytes, *, dry_run: bool = False, force: bool = False, reason: str = ""
+    ) -> Outcome:
+        """Add or replace the task of a module file.
+
+        Raises InvalidModule for a bad file and HarmsOtherTasks when another task would lose more than the
+        margin and `force` is not set; in both cases nothing has changed.
+        """
+        file = self.admit(data)
+        task = file.manifest.task
+
+        def change(parent: Revision) -> Mapping[str, str]:
+            return with_task(task, file.sha256)(parent)
+
+        def publish(parent: ActiveSet, outcome: Outcome) -> Revision:
+            if outcome.harmed and not force:
+                raise HarmsOtherTasks(_harm(task, outcome, self.margin))
+            self.store.put_module(data)
+            verb = "replace" if task in parent.files else "add"
+            return self.store.publish(change, reason or f"{verb} {task}", parent=parent.revision)
+
+        return self._change(change, publish, task=task, new_file=file, dry_run=dry_run)
+
+    def remove(self, task: str, *, reason: str = "") -> Outcome:
+        """Take a task out of the active set; its file stays in the store. Raises UnknownTask."""
+        change = without_task(task)
+
+        def publish(parent: ActiveSet, _: Outcome) -> Revision:
+            return self.store.publish(change, reason or f"remove {task}", parent=parent.revision)
+
+        return self._change(change, publish, task=task)
+
+    def rollback(self, number: int, *, reason: str = "") -> Outcome:
+        """Publish the task set of an old revision as a new one. Raises UnknownRevision, Conflict."""
+        target = self.store.revision(number)
+        if target.backbone_fingerprint != self.backbone.fingerprint:
+            raise Conflict(f"revision {number} belongs to backbone {target.backbone_fingerprint[:12]}…")
+
+        def publish(parent: ActiveSet, _: Outcome) -> Revision:
+            return self.store.publish(
+                lambda _: target.tasks, reason or f"roll back to revision {number}", parent=parent.revision
+            )
+
+        return self._change(lambda _: target.tasks, publish)
+
+    def _change(
+        self,
+        change: Callable[[Revision], Mapping[str, str]],
+        publish: Callable[[ActiveSet, Outcome], Revision],
+        *,
+        task: str | None = None,
+        new_file: ModuleFile | None = None,
+        dry_run: bool = False,
+    ) -> Outcome:
+        """Build the bank of the changed set and publish it; begin again when another writer was first."""
+        for _ in range(_ATTEMPTS):
+            parent = self.refresh()
+            wanted = change(parent.revision)
+            replaced = parent.revision.tasks.get(task) if task else None
+            if wanted == parent.revision.tasks:
+                return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
+            files, bank = self._build(wanted, parent.revision.number + 1, parent, new_file)
+            impact = compare_banks(parent.bank, bank, self._health)
+            harmed = tuple(
+                one.task for one in impact.tasks if one.task != task and one.accuracy_loss > self.margin
+            )
+            outcome = Outcome(parent, impact, published=False, replaced_sha256=replaced, harmed=harmed)
+            if dry_run:
+                return outcome
+            try:
+                revision = publish(parent, outcome)
+            except HarmsOtherTasks:
+                raise
+            except Conflict:
+                continue
+            self._switch(ActiveSet(revision, bank, files))
+            self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
+            return Outcome(self.active, impact, published=True, replaced_sha256=replaced, harmed=harmed)
+        raise Conflict(f"gave up after {_ATTEMPTS} attempts: other writers publish without pause")
+
+    def _switch(self, active: ActiveSet) -> None:
+        self.active = active
+        self._health = {}
+
+    def _load(self, revision: Revision, previous: ActiveSet | None) -> ActiveSet:
+        if revision.backbone_fingerprint != self.backbone.fingerprint:
+            raise Conflict(
+                f"revision {revision.number} moved to backbone {revision.backbone_fingerprint[:12]}…: "
+                "restart to serve it"
+            )
+        files, bank = self._build(revision.tasks, revision.number, previous)
+        return ActiveSet(revision, bank, files)
+
+    def _build(
+        self,
+        tasks: Mapping[str, str],
+        number: int,
+        previous: ActiveSet | None,
+        new_file: ModuleFile | None = None,
+    ) -> tuple[dict[str, ModuleFile], ModuleBank]:
+        known = {file.sha256: file for file in previous.files.values()} if previous else {}
+        if new_file is not None:
+            known[new_file.sha256] = new_file
+        files = {
+            task: known[sha256] if sha256 in known else self.admit(self.store.module(sha256))
+            for task, sha256 in tasks.items()
+        }
+        bank = ModuleBank.build(
+            (file.module for file in files.values()),
+            revision=number,
+            backbone_fingerprint=self.backbone.fingerprint,
+            feature_dim=self.backbone.feature_dim,
+            device=self.device,
+            previous=previous.bank if previous else None,
+        )
+        return files, bank
+
+
+def _harm(task: str, outcome: Outcome, margin: float) -> str:
+    worst = outcome.impact.worst_loss(ignoring=task)
+    assert worst is not None and worst.before and worst.after, "something was harmed"
+    return (
+        f"registering {task!r} would lower the accuracy of task {worst.task!r} on its calibration set from "
+        f"{worst.before.accuracy:.3f} to {worst.after.accuracy:.3f}, more than the margin of {margin:g}; "
+        "force it to go ahead"
+    )

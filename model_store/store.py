@@ -1,0 +1,304 @@
+"""The model store: content-addressed files plus a log of immutable revisions. The directory is the database.
+
+    backbones/<fingerprint>/{manifest.json,weights.safetensors}
+    modules/<sha256>.safetensors
+    revisions/<number>.json
+
+Publishing writes the files first and then creates the next revision with put-if-absent, so two writers
+cannot lose each other's work, nothing is ever overwritten, and a crash at any byte leaves the previous
+revision whole. The same code runs on a local folder and on S3, GCS or Azure, through obstore.
+"""
+
+import contextlib
+import getpass
+import hashlib
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+from obstore.store import LocalStore, ObjectStore, from_url
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from model_store.backbone import BackboneArtefact, BackboneManifest
+from model_store.errors import (
+    Conflict,
+    CorruptStore,
+    StoreUnavailable,
+    UnknownBackbone,
+    UnknownModule,
+    UnknownRevision,
+    UnknownTask,
+)
+from model_store.module_file import Sha256, TaskName
+
+Reason = Annotated[str, Field(max_length=1000)]
+_DIGITS = 12
+
+
+class Revision(BaseModel):
+    """The complete set of active tasks at one moment; immutable, numbered from 1 without gaps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: Literal[1] = 1
+    number: int = Field(ge=1)
+    backbone_fingerprint: Sha256
+    tasks: Mapping[TaskName, Sha256]
+    reason: Reason
+    author: str = Field(max_length=200)
+    created_at: datetime
+
+    @property
+    def parent(self) -> int | None:
+        return self.number - 1 if self.number > 1 else None
+
+
+class ModelStore:
+    """A store URL opened for reading and publishing. Safe to use from several threads and processes."""
+
+    def __init__(self, url: str | Path, author: str | None = None) -> None:
+        """Open a folder (a path or file:// URL, created when absent) or s3://, gs://, az:// URL.
+
+        Credentials and endpoints of object stores come from their usual environment variables.
+        """
+        self.url = str(url)
+        self.author = author or _default_author()
+        self._files = _open(self.url)
+
+    def __repr__(self) -> str:
+        return f"ModelStore({self.url!r})"
+
+    # -- backbones -----------------------------------------------------------------------------------
+
+    def put_backbone(self, artefact: BackboneArtefact) -> str:
+        """Keep a backbone (idempotent) and return its fingerprint. Its manifest is written last."""
+        artefact.verify()
+        fingerprint = artefact.manifest.fingerprint
+        self._put_new(f"backbones/{fingerprint}/weights.safetensors", artefact.weights)
+        self._put_new(
+            f"backbones/{fingerprint}/manifest.json", artefact.manifest.model_dump_json(indent=2).encode()
+        )
+        return fingerprint
+
+    def backbone_manifest(self, fingerprint: str) -> BackboneManifest:
+        path = f"backbones/{fingerprint}/manifest.json"
+        data = self._get(path)
+        if data is None:
+            raise UnknownBackbone(f"store {self.url} holds no backbone {fingerprint}")
+        try:
+            manifest = BackboneManifest.model_validate_json(data)
+        except ValidationError as error:
+            raise CorruptStore(f"{path} is no backbone manifest: {error}") from error
+        if manifest.fingerprint != fingerprint:
+            raise CorruptStore(f"{path} describes backbone {manifest.fingerprint}")
+        return manifest
+
+    def backbone(self, fingerprint: str) -> BackboneArtefact:
+        manifest = self.backbone_manifest(fingerprint)
+        weights = self._get(f"backbones/{fingerprint}/weights.safetensors")
+        if weights is None:
+            raise CorruptStore(f"backbone {fingerprint} has a manifest but no weights")
+        artefact = BackboneArtefact(manifest, weights)
+        artefact.verify()
+        return artefact
+
+    def backbones(self) -> list[BackboneManifest]:
+        with _translated(self.url):
+            folders = obstore.list_with_delimiter(self._files, "backbones")["common_prefixes"]
+        fingerprints = sorted(Path(folder).name for folder in folders)
+        found = []
+        for fingerprint in fingerprints:
+            with contextlib.suppress(UnknownBackbone):  # weights written, manifest not yet
+                found.append(self.backbone_manifest(fingerprint))
+        return found
+
+    # -- modules -------------------------------------------------------------------------------------
+
+    def put_module(self, data: bytes) -> str:
+        """Keep the bytes of a module file (idempotent) and return their SHA-256, the file's name."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._put_new(f"modules/{sha256}.safetensors", data)
+        return sha256
+
+    def module(self, sha256: str) -> bytes:
+        """The bytes of a module file, verified against its name."""
+        data = self._get(f"modules/{sha256}.safetensors")
+        if data is None:
+            raise UnknownModule(f"store {self.url} holds no module {sha256}")
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != sha256:
+            raise CorruptStore(f"module {sha256} reads back with SHA-256 {digest}")
+        return data
+
+    # -- revisions -----------------------------------------------------------------------------------
+
+    def head(self, known: int = 0) -> Revision | None:
+        """The newest revision, or None in a fresh store. `known` is a revision number known to exist."""
+        number = self.head_number(known)
+        return self.revision(number) if number else None
+
+    def head_number(self, known: int = 0) -> int:
+        offset = _revision_path(known) if known else None
+        newest = known
+        with _translated(self.url):
+            for page in obstore.list(self._files, "revisions", offset=offset):
+                for entry in page:
+                    name = Path(entry["path"])
+                    if name.suffix == ".json" and name.stem.isdigit():
+                        newest = max(newest, int(name.stem))
+        return newest
+
+    def revision(self, number: int) -> Revision:
+        data = self._get(_revision_path(number)) if number >= 1 else None
+        if data is None:
+            raise UnknownRevision(f"store {self.url} has no revision {number}")
+        try:
+            revision = Revision.model_validate_json(data)
+        except ValidationError as error:
+            raise CorruptStore(f"revision {number} cannot be read: {error}") from error
+        if revision.number != number:
+            raise CorruptStore(f"revision {number} calls itself {revision.number}")
+        return revision
+
+    def revisions(self, limit: int = 100) -> list[Revision]:
+        """The newest `limit` revisions, newest first."""
+        newest = self.head_number()
+        return [self.revision(number) for number in range(newest, max(0, newest - limit), -1)]
+
+    def publish(
+        self,
+        change: Callable[[Revision], Mapping[str, str]],
+        reason: str,
+        *,
+        parent: Revision | None = None,
+        attempts: int = 50,
+    ) -> Revision:
+        """Publish the task set `change(head)` as the next revision.
+
+        Without `parent`, a writer that loses the race applies its change to the new head and tries again.
+        With `parent`, it raises Conflict instead, for callers whose change was judged against that parent.
+        """
+        current = parent
+        for _ in range(attempts):
+            current = current or self.require_head()
+            draft = self._draft(current.number + 1, current.backbone_fingerprint, change(current), reason)
+            if self._put_revision(draft):
+                return draft
+            if parent is not None:
+                raise Conflict(f"revision {draft.number} was published by another writer meanwhile")
+            current = None
+        raise Conflict(f"gave up after {attempts} attempts: other writers publish without pause")
+
+    def publish_first(self, backbone_fingerprint: str) -> Revision:
+        """Make `backbone_fingerprint` the store's backbone.
+
+        A fresh store gets revision 1 without tasks. Otherwise the backbone may change only while no task is
+        active, because module files belong to one backbone. Raises Conflict.
+        """
+        self.backbone_manifest(backbone_fingerprint)
+        head = self.head()
+        if head is not None and head.backbone_fingerprint == backbone_fingerprint:
+            return head
+        if head is not None and head.tasks:
+            raise Conflict(
+                f"the {len(head.tasks)} active tasks of {self.url} belong to backbone "
+                f"{head.backbone_fingerprint[:12]}…: remove them first, or use another store"
+            )
+        number = head.number + 1 if head else 1
+        draft = self._draft(number, backbone_fingerprint, {}, f"backbone {backbone_fingerprint[:12]}")
+        if not self._put_revision(draft):
+            raise Conflict(f"revision {number} was published by another writer meanwhile")
+        return draft
+
+    def require_head(self) -> Revision:
+        head = self.head()
+        if head is None:
+            raise UnknownRevision(f"store {self.url} has no backbone yet: run `tosca backbone add`")
+        return head
+
+    def _draft(self, number: int, fingerprint: str, tasks: Mapping[str, str], reason: str) -> Revision:
+        return Revision(
+            number=number,
+            backbone_fingerprint=fingerprint,
+            tasks=dict(sorted(tasks.items())),
+            reason=reason,
+            author=self.author,
+            created_at=datetime.now(UTC),
+        )
+
+    def _put_revision(self, revision: Revision) -> bool:
+        return self._put_new(_revision_path(revision.number), revision.model_dump_json(indent=2).encode())
+
+    # -- bytes ---------------------------------------------------------------------------------------
+
+    def _put_new(self, path: str, data: bytes) -> bool:
+        """Write an object unless it exists; True when this call wrote it."""
+        with _translated(self.url):
+            try:
+                # One whole put: multipart uploads have no put-if-absent everywhere.
+                obstore.put(self._files, path, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def _get(self, path: str) -> bytes | None:
+        with _translated(self.url):
+            try:
+                return bytes(obstore.get(self._files, path).bytes())
+            except FileNotFoundError:
+                return None
+
+
+def with_task(task: str, sha256: str) -> Callable[[Revision], Mapping[str, str]]:
+    """The change that adds or replaces one task."""
+    return lambda revision: {**revision.tasks, task: sha256}
+
+
+def without_task(task: str) -> Callable[[Revision], Mapping[str, str]]:
+    """The change that removes one task; UnknownTask when it is not active."""
+
+    def change(revision: Revision) -> Mapping[str, str]:
+        if task not in revision.tasks:
+            raise UnknownTask(f"task {task!r} is not active in revision {revision.number}")
+        return {name: sha256 for name, sha256 in revision.tasks.items() if name != task}
+
+    return change
+
+
+def _open(url: str) -> ObjectStore:
+    if "://" not in url or url.startswith("file://"):
+        path = Path(url.removeprefix("file://")).expanduser().resolve()
+        try:
+            return LocalStore(path, mkdir=True)
+        except (BaseError, OSError) as error:
+            raise StoreUnavailable(f"store folder {path} cannot be opened: {error}") from error
+    try:
+        return from_url(url)
+    except (BaseError, ValueError) as error:
+        raise StoreUnavailable(f"store {url} cannot be opened: {error}") from error
+
+
+@contextlib.contextmanager
+def _translated(url: str) -> Iterator[None]:
+    """Let FileNotFoundError and AlreadyExistsError pass, name everything else StoreUnavailable."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        raise StoreUnavailable(f"store {url} does not answer: {str(error).splitlines()[0]}") from error
+
+
+def _revision_path(number: int) -> str:
+    return f"revisions/{number:0{_DIGITS}d}.json"
+
+
+def _default_author() -> str:
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # no such user in a container
+        return "unknown"

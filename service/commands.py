@@ -1,0 +1,126 @@
+"""`tosca serve` and `tosca predict`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from model_store.console import (
+    DEFAULT_STORE,
+    DeviceOption,
+    JsonOption,
+    PrecisionOption,
+    StoreOption,
+    print_json,
+    print_table,
+    read_file,
+)
+from model_store.errors import InvalidRequest, StoreUnavailable
+from model_store.offline import OfflinePredictor
+from model_store.selection import SELECTIONS
+from model_store.store import ModelStore
+from service.settings import Settings
+
+_IMAGES_PER_REQUEST = 16
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to `tosca`."""
+    app.command()(serve)
+    app.command()(predict)
+
+
+def serve(
+    store: Annotated[str | None, typer.Option(help="Folder or URL of the store [TOSCA_STORE].")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on [TOSCA_HOST].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [TOSCA_PORT].")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [TOSCA_DEVICE].")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 [TOSCA_PRECISION].")] = None,
+) -> None:
+    """Serve a store over HTTP. Every other limit is a TOSCA_* environment variable.
+
+    Example: tosca serve --store .tosca/store --port 8000
+    """
+    import uvicorn
+
+    from service.app import create_app
+
+    given = {"store": store, "host": host, "port": port, "device": device, "precision": precision}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    ModelStore(settings.store).require_head()  # a clear error before a server log
+    uvicorn.run(
+        create_app(settings),
+        host=settings.host,
+        port=settings.port,
+        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
+        access_log=False,
+    )
+
+
+def predict(
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    server: Annotated[
+        str | None, typer.Option(envvar="TOSCA_SERVER", help="Ask this server; without it, answer offline.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Let this task answer instead of choosing one.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
+    selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Classify pictures, with a running server or offline against a store.
+
+    Example: tosca predict bird.jpg --server http://localhost:8000
+    """
+    chosen = next((one for one in SELECTIONS if one == selection), None)
+    if chosen is None:
+        raise typer.BadParameter(
+            f"{selection!r}: expected one of {', '.join(SELECTIONS)}", param_hint="--selection"
+        )
+    data = [read_file(path) for path in pictures]
+    if server is not None:
+        query = {"top_k": top_k, "selection": chosen} | ({"task": task} if task else {})
+        answers = _ask(server, data, query)
+    else:
+        predictor = OfflinePredictor(ModelStore(store), device=device, precision=precision)
+        answers = [asdict(one) for one in predictor.answer(data, selection=chosen, task=task, top_k=top_k)]
+    if json:
+        print_json([{"picture": str(path)} | one for path, one in zip(pictures, answers, strict=True)])
+        return
+    print_table(
+        ["picture", "task", "label", "confidence", "next"],
+        (
+            (path, one["task"], one["label"], f"{one['confidence']:.4f}", _next(one))
+            for path, one in zip(pictures, answers, strict=True)
+        ),
+    )
+
+
+def _ask(server: str, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = []
+    with httpx.Client(base_url=server, timeout=60.0) as client:
+        for start in range(0, len(data), _IMAGES_PER_REQUEST):
+            files = [
+                ("image", (f"{start + i}", one))
+                for i, one in enumerate(data[start : start + _IMAGES_PER_REQUEST])
+            ]
+            try:
+                response = client.post("/predict", files=files, params=query)
+            except httpx.HTTPError as error:
+                raise StoreUnavailable(f"server {server} does not answer: {error}") from error
+            if response.is_error:
+                raise InvalidRequest(
+                    f"{response.status_code}: {response.json().get('detail', response.text)}"
+                )
+            answers += response.json()["predictions"]
+    return answers
+
+
+def _next(answer: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{one['task']}/{one['label']} {one['probability']:.3f}" for one in answer["alternatives"][:2]
+    )

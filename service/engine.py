@@ -1,0 +1,263 @@
+"""From pictures to answers: decode in a bounded pool, then one thread that owns the device.
+
+    admission → decode + preprocess (pool) → queue → inference thread: backbone once, bank answers
+
+Batching is work-conserving: whenever the device is idle it takes what is waiting, up to the batch size.
+Every waiter gets an answer or an exception; a request that left is dropped before it costs a pass; one
+bad picture never fails its neighbours.
+"""
+# B batch
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from model_store.backbone import Backbone
+from model_store.bank import Answer, ModuleBank
+from model_store.errors import ToscaError
+from model_store.preprocess import load_pixels
+from model_store.selection import Selection
+from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """How a request wants its pictures answered, and the bank it was admitted with."""
+
+    bank: ModuleBank
+    selection: Selection = "lda"
+    task: str | None = None
+    top_k: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch."""
+
+    decode_s: float
+    queue_s: float
+    backbone_s: float
+    selection_s: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class TimedAnswer:
+    answer: Answer
+    timings: Timings
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One picture waiting for the device."""
+
+    pixels: Tensor
+    question: Question
+    decode_s: float
+    deadline: float
+    queued_at: float = field(default_factory=time.monotonic)
+    future: "Future[TimedAnswer]" = field(default_factory=Future)
+
+
+class Engine:
+    """Answers pictures on one device. Start and stop it as a context manager."""
+
+    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+        self.backbone = backbone
+        self._settings = settings
+        on_cuda = backbone.device.type == "cuda"
+        self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
+        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._num_admitted = 0
+        self._busy_since: float | None = None
+        self._seconds_per_image = 0.1
+        self._stopping = False
+
+    def __enter__(self) -> "Engine":
+        if self._settings.torch_threads:
+            torch.set_num_threads(self._settings.torch_threads)
+        self._warm_up()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping = True
+        self._queue.put(None)
+        self._thread.join()
+        self._decoders.shutdown()
+
+    @property
+    def is_alive(self) -> bool:
+        """False when the inference thread has died or one pass has taken longer than `stall_after_s`."""
+        busy_since = self._busy_since
+        stalled = busy_since is not None and time.monotonic() - busy_since > self._settings.stall_after_s
+        return self._thread.is_alive() and not stalled
+
+    @property
+    def num_admitted(self) -> int:
+        """Pictures admitted and not yet answered."""
+        return self._num_admitted
+
+    async def answer(self, pictures: Sequence[bytes], question: Question) -> list[TimedAnswer]:
+        """Answer encoded pictures in order. Called on the event loop.
+
+        Raises Overloaded, ShuttingDown, DeadlineExceeded, InvalidImage and UnknownTask. Cancelling the
+        call takes its pictures out of the queue.
+        """
+        if question.task is not None:
+            question.bank.module(question.task)  # raises UnknownTask before anything is decoded
+        self._admit(len(pictures))
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                return await self._answer_admitted(pictures, question)
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"not answered within {self._settings.request_timeout_s:g} s; {self._num_admitted} pictures "
+                "were waiting"
+            ) from error
+        finally:
+            self._num_admitted -= len(pictures)
+
+    def _admit(self, num_pictures: int) -> None:
+        if self._stopping:
+            raise ShuttingDown("the service is shutting down")
+        limit = self._settings.max_queued_images
+        if self._num_admitted + num_pictures > limit:
+            raise Overloaded(
+                f"{self._num_admitted} pictures are waiting, at most {limit} may",
+                retry_after_s=self._num_admitted * self._seconds_per_image,
+            )
+        self._num_admitted += num_pictures
+
+    async def _answer_admitted(self, pictures: Sequence[bytes], question: Question) -> list[TimedAnswer]:
+        deadline = time.monotonic() + self._settings.request_timeout_s
+        loop = asyncio.get_running_loop()
+        decoded = await asyncio.gather(
+            *(loop.run_in_executor(self._decoders, self._decode, data) for data in pictures),
+            return_exceptions=True,
+        )
+        entries = []
+        for i, one in enumerate(decoded):
+            if isinstance(one, BaseException):
+                if isinstance(one, ToscaError) and len(pictures) > 1:
+                    raise type(one)(f"picture {i}: {one}") from one
+                raise one
+            pixels, decode_s = one
+            entries.append(_Entry(pixels, question, decode_s, deadline))
+        for entry in entries:
+            self._queue.put(entry)
+        try:
+            return list(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
+        finally:
+            for entry in entries:  # after a fault or a cancellation, the rest need no pass
+                entry.future.cancel()
+
+    def _decode(self, data: bytes) -> tuple[Tensor, float]:
+        started = time.monotonic()
+        pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
+        return pixels, time.monotonic() - started
+
+    # -- the inference thread ------------------------------------------------------------------------
+
+    def _warm_up(self) -> None:
+        size = (3, self.backbone.preprocessing.height, self.backbone.preprocessing.width)
+        for batch_size in sorted({1, self.max_batch_size}):
+            started = time.monotonic()
+            self.backbone.embed(torch.zeros((batch_size, *size), dtype=torch.uint8)).cpu()
+            self._seconds_per_image = (time.monotonic() - started) / batch_size
+
+    def _run(self) -> None:
+        while (batch := self._collect()) is not None:
+            self._busy_since = time.monotonic()
+            self._execute(batch)
+            self._busy_since = None
+
+    def _collect(self) -> list[_Entry] | None:
+        """What is waiting, at least one entry; None when stopped and everything is answered."""
+        first = self._queue.get()
+        if first is None:
+            return None
+        batch = [first]
+        closes_at = time.monotonic() + self._settings.max_wait_s
+        while len(batch) < self.max_batch_size:
+            try:
+                entry = self._queue.get(timeout=max(0.0, closes_at - time.monotonic()))
+            except queue.Empty:
+                break
+            if entry is None:
+                self._queue.put(None)  # answer this batch first
+                break
+            batch.append(entry)
+        return batch
+
+    def _execute(self, batch: list[_Entry]) -> None:
+        started = time.monotonic()
+        live = []
+        for entry in batch:
+            if not entry.future.set_running_or_notify_cancel():
+                continue  # its client left
+            if entry.deadline < started:
+                entry.future.set_exception(DeadlineExceeded("waited in the queue until its deadline"))
+                continue
+            live.append(entry)
+        if not live:
+            return
+        try:
+            cls_BD = self.backbone.embed(torch.stack([entry.pixels for entry in live]))
+            if cls_BD.is_cuda:
+                torch.cuda.synchronize(cls_BD.device)
+        except Exception as error:  # delivered to the waiters
+            self._isolate(live, error)
+            return
+        backbone_s = time.monotonic() - started
+        self._seconds_per_image += 0.1 * (backbone_s / len(live) - self._seconds_per_image)
+        rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
+        for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
+            self._answer_group(live, list(group), cls_BD, started, backbone_s)
+
+    def _answer_group(
+        self, live: list[_Entry], rows: list[int], cls_BD: Tensor, started: float, backbone_s: float
+    ) -> None:
+        question = live[rows[0]].question
+        answering = time.monotonic()
+        try:
+            answers = question.bank.answer(
+                cls_BD[rows], selection=question.selection, task=question.task, top_k=question.top_k
+            )
+        except Exception as error:  # delivered to the waiters
+            for row in rows:
+                live[row].future.set_exception(error)
+            return
+        selection_s = time.monotonic() - answering
+        for row, answer in zip(rows, answers, strict=True):
+            entry = live[row]
+            timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
+            entry.future.set_result(TimedAnswer(answer, timings))
+
+    def _isolate(self, live: list[_Entry], error: Exception) -> None:
+        """A pass failed: run its pictures one by one, so that only the guilty one fails."""
+        if len(live) == 1:
+            live[0].future.set_exception(error)
+            return
+        for entry in live:
+            alone = _Entry(entry.pixels, entry.question, entry.decode_s, entry.deadline, entry.queued_at)
+            self._execute([alone])
+            if (fault := alone.future.exception()) is not None:
+                entry.future.set_exception(fault)
+            else:
+                entry.future.set_result(alone.future.result())
+
+
+def _group_key(question: Question) -> tuple[int, str, str, int]:
+    return question.bank.revision, question.selection, question.task or "", question.top_k

@@ -1,0 +1,71 @@
+"""POST /predict."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from model_store.errors import InvalidRequest
+from model_store.selection import Selection
+from service.engine import Question
+from service.payloads import decode_base64, read_pictures
+from service.routes.state import State, problems
+from service.schemas import PredictRequest, PredictResponse
+
+router = APIRouter(tags=["predict"])
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "A picture, several pictures, or base64 in JSON.",
+        "content": {
+            "image/jpeg": _BINARY,
+            "image/png": _BINARY,
+            "application/octet-stream": _BINARY,
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"image": {"type": "array", "items": _BINARY["schema"]}},
+                }
+            },
+            "application/json": {"schema": PredictRequest.model_json_schema()},
+        },
+    }
+}
+
+
+@router.post(
+    "/predict",
+    openapi_extra=_BODY,
+    responses=problems(404, 413, 415, 422, 503, 504),
+    response_model_exclude_none=True,
+)
+async def predict(
+    request: Request,
+    state: State,
+    task: Annotated[str | None, Query(description="Let this task answer instead of choosing one.")] = None,
+    top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
+    selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
+    timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
+) -> PredictResponse:
+    """Answer each picture with the most probable (task, label) over all active tasks.
+
+    Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
+    request and nobody else's.
+    """
+    bank = state.registry.active.bank
+    body = await read_pictures(request, state.settings.max_images_per_request)
+    if isinstance(body, PredictRequest):
+        task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
+        _check_count(len(body.images), state.settings.max_images_per_request)
+        body = decode_base64(body.images)
+    _check_count(len(body), state.settings.max_images_per_request)
+    if top_k > state.settings.max_top_k:
+        raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
+    answers = await state.engine.answer(body, Question(bank, selection, task, top_k))
+    return PredictResponse.of(answers, timings=timings)
+
+
+def _check_count(num_images: int, limit: int) -> None:
+    if num_images > limit:
+        raise InvalidRequest(f"{num_images} pictures in one request, at most {limit} are allowed")

@@ -1,0 +1,29 @@
+"""/revisions: the history of the active set, and going back in it."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+
+from service.routes.state import State, problems
+from service.schemas import ChangeOut, RevisionOut
+
+router = APIRouter(prefix="/revisions", tags=["revisions"])
+
+
+@router.get("", responses=problems(503))
+async def list_revisions(
+    state: State, limit: Annotated[int, Query(ge=1, le=1000, description="How many, newest first.")] = 50
+) -> list[RevisionOut]:
+    """The newest revisions of the store, newest first."""
+    revisions = await state.registry.read(lambda publisher: publisher.store.revisions(limit))
+    return [RevisionOut.of(one) for one in revisions]
+
+
+@router.post("/{number}/rollback", responses=problems(404, 409, 503))
+async def roll_back(
+    state: State,
+    number: Annotated[int, Path(ge=1, le=10**12 - 1, description="The revision to go back to.")],
+    reason: Annotated[str, Query(max_length=1000, description="Kept in the revision.")] = "",
+) -> ChangeOut:
+    """Publish the task set of an old revision as a new revision."""
+    return ChangeOut.of(await state.registry.rollback(number, reason=reason))

@@ -1,0 +1,83 @@
+"""/tasks: what is active, and changing it while requests are being answered."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from service.payloads import read_module_body
+from service.routes.state import State, problems
+from service.schemas import ChangeOut, StoredModule, TaskOut, TasksOut
+
+router = APIRouter(prefix="/tasks", tags=["tasks"])
+
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "A module file, or a reference to one in the store.",
+        "content": {
+            "application/octet-stream": _BINARY,
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"module": _BINARY["schema"]}}
+            },
+            "application/json": {"schema": StoredModule.model_json_schema()},
+        },
+    }
+}
+Reason = Annotated[str, Query(max_length=1000, description="Kept in the revision.")]
+
+
+@router.post(
+    "",
+    status_code=201,
+    openapi_extra=_BODY,
+    responses={200: {"description": "Dry run, or already active"}, **problems(404, 409, 413, 415, 422, 503)},
+)
+async def register_task(
+    request: Request,
+    response: Response,
+    state: State,
+    dry_run: Annotated[bool, Query(description="Only report the impact.")] = False,
+    force: Annotated[bool, Query(description="Go ahead even if another task is harmed.")] = False,
+    reason: Reason = "",
+) -> ChangeOut:
+    """Add or replace a task. Answered when the new revision is published and serving.
+
+    The file is checked against the format, the backbone and its trainer's own outputs; the impact on
+    every active task is measured. A refused file changes nothing.
+    """
+    body = await read_module_body(request)
+    if isinstance(body, StoredModule):
+        outcome = await state.registry.register_stored(
+            body.module_sha256, dry_run=dry_run, force=force, reason=reason
+        )
+    else:
+        outcome = await state.registry.register(body, dry_run=dry_run, force=force, reason=reason)
+    if not outcome.published:
+        response.status_code = 200
+    return ChangeOut.of(outcome)
+
+
+@router.get("")
+async def list_tasks(state: State) -> TasksOut:
+    """The tasks of the revision now served."""
+    active = state.registry.active
+    return TasksOut(
+        revision=active.revision.number,
+        backbone_fingerprint=active.revision.backbone_fingerprint,
+        tasks=[TaskOut.of(active.files[task]) for task in sorted(active.files)],
+    )
+
+
+@router.get("/{task}", responses=problems(404))
+async def show_task(task: str, state: State) -> TaskOut:
+    """One active task."""
+    active = state.registry.active
+    active.bank.module(task)  # raises UnknownTask
+    return TaskOut.of(active.files[task])
+
+
+@router.delete("/{task}", responses=problems(404, 409, 503))
+async def remove_task(task: str, state: State, reason: Reason = "") -> ChangeOut:
+    """Take a task out of the active set; answers become what they were without it, bit for bit."""
+    return ChangeOut.of(await state.registry.remove(task, reason=reason))

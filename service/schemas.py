@@ -1,0 +1,218 @@
+"""What goes over HTTP: requests and answers, with examples for the OpenAPI document."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model_store.bank import Answer
+from model_store.impact import ImpactReport, TaskHealth
+from model_store.module_file import ModuleFile
+from model_store.publishing import Outcome
+from model_store.selection import Selection
+from model_store.store import Revision
+from service.engine import TimedAnswer
+
+_SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+
+class PredictRequest(Strict):
+    """The JSON form of a prediction request."""
+
+    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[["/9j/4AAQSkZJRg…"]])
+    task: str | None = Field(None, description="Let this task answer instead of choosing one.")
+    top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
+    selection: Selection | None = Field(None, description="How the task is chosen.")
+
+
+class ReceiptOut(Strict):
+    """What answered: enough to compute the same answer again."""
+
+    revision: int = Field(examples=[7])
+    module_sha256: str = Field(examples=[_SHA])
+    backbone_fingerprint: str = Field(examples=[_SHA])
+
+
+class ChoiceOut(Strict):
+    task: str = Field(examples=["textiles"])
+    label: str = Field(examples=["local"])
+    probability: float = Field(ge=0.0, le=1.0, examples=[0.04])
+
+
+class Prediction(Strict):
+    """The answer to one picture; `confidence` is the calibrated probability of (task, label)."""
+
+    task: str = Field(examples=["textiles"])
+    label: str = Field(examples=["nominal"])
+    confidence: float = Field(ge=0.0, le=1.0, examples=[0.95])
+    task_probability: float = Field(ge=0.0, le=1.0, examples=[0.999])
+    alternatives: list[ChoiceOut] = Field(description="The next most probable pairs, most probable first.")
+    receipt: ReceiptOut
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Prediction":
+        return cls.model_validate(answer, from_attributes=True, extra="ignore")
+
+
+class StageTimings(Strict):
+    """Milliseconds one picture spent in each stage."""
+
+    decode_ms: float
+    queue_ms: float
+    backbone_ms: float
+    selection_ms: float
+    batch_size: int
+    modules_evaluated: int
+
+
+class PredictResponse(Strict):
+    """One prediction for each picture, in order; `timings` when asked for."""
+
+    predictions: list[Prediction]
+    timings: list[StageTimings] | None = None
+
+    @classmethod
+    def of(cls, answers: list[TimedAnswer], *, timings: bool) -> "PredictResponse":
+        return cls(
+            predictions=[Prediction.of(one.answer) for one in answers],
+            timings=[_stage_timings(one) for one in answers] if timings else None,
+        )
+
+
+def _stage_timings(one: TimedAnswer) -> StageTimings:
+    return StageTimings(
+        decode_ms=one.timings.decode_s * 1e3,
+        queue_ms=one.timings.queue_s * 1e3,
+        backbone_ms=one.timings.backbone_s * 1e3,
+        selection_ms=one.timings.selection_s * 1e3,
+        batch_size=one.timings.batch_size,
+        modules_evaluated=one.answer.num_modules_evaluated,
+    )
+
+
+class StoredModule(Strict):
+    """A reference to a module that lies in the store already."""
+
+    module_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", examples=[_SHA])
+
+
+class TaskOut(Strict):
+    """One active task and what its module file says about it."""
+
+    task: str = Field(examples=["textiles"])
+    labels: list[str] = Field(examples=[["global", "local", "nominal"]])
+    module_sha256: str = Field(examples=[_SHA])
+    size_bytes: int = Field(examples=[2_023_604])
+    flow: str = Field(examples=["tosca"])
+    metrics: dict[str, float] = Field(examples=[{"accuracy": 0.98, "ece": 0.02}])
+    training: dict[str, Any]
+    provenance: dict[str, str]
+
+    @classmethod
+    def of(cls, file: ModuleFile) -> "TaskOut":
+        manifest = file.manifest
+        return cls(
+            task=manifest.task,
+            labels=list(manifest.labels),
+            module_sha256=file.sha256,
+            size_bytes=file.size_bytes,
+            flow=manifest.flow,
+            metrics=manifest.metrics,
+            training=manifest.training,
+            provenance=manifest.provenance,
+        )
+
+
+class TasksOut(Strict):
+    revision: int = Field(examples=[7])
+    backbone_fingerprint: str = Field(examples=[_SHA])
+    tasks: list[TaskOut]
+
+
+class HealthOut(Strict):
+    """How a set of tasks does on one task's calibration set, in [0, 1]."""
+
+    selection_accuracy: float
+    accuracy: float
+    ece: float
+    num_vectors: int
+
+    @classmethod
+    def of(cls, health: TaskHealth | None) -> "HealthOut | None":
+        return None if health is None else cls.model_validate(health)
+
+
+class TaskImpactOut(Strict):
+    task: str
+    before: HealthOut | None
+    after: HealthOut | None
+
+
+class ChangeOut(Strict):
+    """What a change did, or with a dry run would do."""
+
+    revision: int = Field(description="The revision now served.", examples=[8])
+    published: bool = Field(description="False for a dry run, and when nothing had to change.")
+    replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
+    harmed: list[str] = Field(description="Tasks that lose more than the margin.")
+    impact: list[TaskImpactOut]
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> "ChangeOut":
+        return cls(
+            revision=outcome.active.revision.number,
+            published=outcome.published,
+            replaced_sha256=outcome.replaced_sha256,
+            harmed=list(outcome.harmed),
+            impact=_impact(outcome.impact),
+        )
+
+
+def _impact(report: ImpactReport) -> list[TaskImpactOut]:
+    return [
+        TaskImpactOut(task=one.task, before=HealthOut.of(one.before), after=HealthOut.of(one.after))
+        for one in report.tasks
+    ]
+
+
+class RevisionOut(Strict):
+    number: int = Field(examples=[7])
+    parent: int | None = Field(examples=[6])
+    backbone_fingerprint: str = Field(examples=[_SHA])
+    tasks: dict[str, str] = Field(examples=[{"textiles": _SHA}])
+    reason: str = Field(examples=["add textiles"])
+    author: str = Field(examples=["ops@host"])
+    created_at: datetime
+
+    @classmethod
+    def of(cls, revision: Revision) -> "RevisionOut":
+        return cls.model_validate(revision, from_attributes=True, extra="ignore")
+
+
+class Live(Strict):
+    status: str = Field(examples=["live"])
+
+
+class Ready(Strict):
+    status: str = Field(examples=["ready"])
+    revision: int = Field(examples=[7])
+    num_tasks: int = Field(examples=[2])
+    backbone: str = Field(examples=["vit_base_patch16_clip_quickgelu_224"])
+    backbone_fingerprint: str = Field(examples=[_SHA])
+    device: str = Field(examples=["cpu"])
+    precision: str = Field(examples=["float32"])
+    staleness_s: float = Field(description="Seconds since the store was last read.")
+
+
+class ProblemOut(BaseModel):
+    """A refusal, RFC 9457."""
+
+    type: str = Field(examples=["urn:tosca:problem:unknown-task"])
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["task 'birds' is not active in revision 7"])
+    instance: str = Field(examples=["/tasks/birds"])

@@ -1,0 +1,100 @@
+"""Shared fixtures: a tiny random backbone for speed, the demo store for real pictures and weights."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_store.backbone import Backbone, BackboneArtefact
+from model_store.backbone_sources import from_timm
+from model_store.store import ModelStore
+from training.features import LabelledFeatures
+from training.trainer import train_task
+
+DEMO_STORE = os.environ.get("TOSCA_STORE", ".tosca/store")
+DEMO_PICTURES = Path(".tosca/demo")
+TINY_SIZE = 32
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _limit_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_artefact() -> BackboneArtefact:
+    """An untrained ViT-Tiny for 32-pixel pictures: the real code path in milliseconds."""
+    return from_timm("vit_tiny_patch16_224", pretrained=False, image_size=TINY_SIZE)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_artefact: BackboneArtefact) -> Backbone:
+    return Backbone.load(tiny_artefact, device="cpu")
+
+
+@pytest.fixture
+def tiny_store(tmp_path: Path, tiny_artefact: BackboneArtefact) -> ModelStore:
+    """A fresh store whose backbone is the tiny one, at revision 1 without tasks."""
+    store = ModelStore(tmp_path / "store")
+    store.publish_first(store.put_backbone(tiny_artefact))
+    return store
+
+
+@pytest.fixture(scope="session")
+def demo_store() -> ModelStore:
+    """The store that `make demo` filled: CLIP ViT-B/16 and two tasks trained on real pictures."""
+    store = ModelStore(DEMO_STORE)
+    assert store.head() is not None, "run `make demo` first"
+    return store
+
+
+@pytest.fixture(scope="session")
+def clip_backbone(demo_store: ModelStore) -> Backbone:
+    return Backbone.load(demo_store.backbone(demo_store.require_head().backbone_fingerprint), device="cpu")
+
+
+def make_features(
+    name: str = "shapes",
+    *,
+    num_classes: int = 3,
+    per_class: int = 12,
+    num_test: int = 4,
+    feature_dim: int = 192,
+    seed: int = 0,
+    spread: float = 0.5,
+) -> LabelledFeatures:
+    """Synthetic clusters in place of CLS vectors, with a train and a test split."""
+    generator = torch.Generator().manual_seed(seed)
+    mean_KD = torch.randn(num_classes, feature_dim, generator=generator) + 3.0 * torch.randn(
+        1, feature_dim, generator=generator
+    )
+    label_N = torch.arange(num_classes).repeat_interleave(per_class + num_test)
+    noise_ND = spread * torch.randn(len(label_N), feature_dim, generator=generator)
+    splits = (["train"] * per_class + ["test"] * num_test) * num_classes
+    return LabelledFeatures(
+        name=name,
+        labels=tuple(f"{name}-{k}" for k in range(num_classes)),
+        cls_ND=mean_KD[label_N] + noise_ND,
+        label_N=label_N,
+        splits=tuple(splits),
+        data_sha256="0" * 64,
+        skipped=(),
+        num_computed=0,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_module(tiny_artefact: BackboneArtefact) -> Callable[..., bytes]:
+    """`make_module("birds", seed=1)`: the bytes of a small trained module file for the tiny backbone."""
+    made: dict[tuple[object, ...], bytes] = {}
+
+    def make(task: str = "shapes", *, seed: int = 0, num_classes: int = 3, per_class: int = 8) -> bytes:
+        key = (task, seed, num_classes, per_class)
+        if key not in made:
+            features = make_features(task, seed=seed, num_classes=num_classes, per_class=per_class)
+            made[key] = train_task(task, features, tiny_artefact.manifest, seed=seed).data
+        return made[key]
+
+    return make

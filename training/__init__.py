@@ -1,0 +1,1 @@
+"""The offline trainer: pictures to CLS features to one module file per task."""

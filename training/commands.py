@@ -1,0 +1,238 @@
+"""`tosca train`, `tosca evaluate` and `tosca demo`."""
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from model_store import backbone_sources
+from model_store.backbone import Backbone
+from model_store.console import (
+    DEFAULT_STORE,
+    DeviceOption,
+    JsonOption,
+    PrecisionOption,
+    StoreOption,
+    err,
+    out,
+    print_json,
+    print_table,
+)
+from model_store.luca import FLOWS
+from model_store.publishing import Publisher
+from model_store.selection import SELECTIONS
+from model_store.store import ModelStore
+from training.demo import write_demo_pictures
+from training.evaluation import evaluate_bank
+from training.features import FeatureCache, LabelledFeatures, extract_features
+from training.recipes import RECIPES
+from training.sources import PictureSource, open_source
+from training.trainer import TrainedTask, train_task
+
+CacheOption = Annotated[
+    Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
+]
+CorruptOption = Annotated[
+    float, typer.Option("--max-corrupt", min=0.0, max=1.0, help="Share of unreadable pictures tolerated.")
+]
+Choice = TypeVar("Choice", bound=str)
+DEFAULT_CACHE = Path(".tosca/cache")
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to `tosca`."""
+    app.command()(train)
+    app.command()(evaluate)
+    app.command()(demo)
+
+
+def train(
+    task: Annotated[str, typer.Option(help="Name of the task.")],
+    data: Annotated[
+        Path, typer.Option(help="Image folder, or .csv / .parquet manifest with path and label.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="Write the module file here instead of publishing.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for the report (default .tosca/reports).")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "default",
+    flow: Annotated[str, typer.Option(help=f"One of: {', '.join(FLOWS)}.")] = "tosca",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    min_images: Annotated[int, typer.Option(min=1, help="Training pictures every class needs.")] = 2,
+    max_corrupt: CorruptOption = 0.05,
+    force: Annotated[
+        bool, typer.Option(help="Publish even if another task loses more than the margin.")
+    ] = False,
+    cache: CacheOption = DEFAULT_CACHE,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Train one task on labelled pictures and publish it into the store.
+
+    Example: tosca train --task birds --data pictures/birds
+    """
+    chosen_recipe = _choice(recipe, RECIPES, "recipe")
+    chosen_flow = _choice(flow, FLOWS, "flow")
+    source = open_source(data, min_images_per_class=min_images)
+    opened = ModelStore(store)
+    backbone = _load_backbone(opened, device, precision)
+    features = _features(source, backbone, cache, max_corrupt)
+    for line in features.skipped:
+        err.print(f"[yellow]skipped[/yellow] {line}", highlight=False)
+    started = time.monotonic()
+    trained = train_task(task, features, backbone.manifest, recipe=chosen_recipe, flow=chosen_flow, seed=seed)
+    seconds = time.monotonic() - started
+    result = _keep(trained, opened, output, report or Path(".tosca/reports"), force)
+    result |= {
+        "task": task,
+        "seconds": round(seconds, 3),
+        "pictures": len(features.label_N),
+        "features_computed": features.num_computed,
+        "skipped": list(features.skipped),
+        "metrics": trained.manifest.metrics,
+    }
+    if json:
+        print_json(result)
+        return
+    out.print(
+        f"[bold]{task}[/bold]: {len(features.labels)} classes, {len(features.label_N)} pictures "
+        f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
+        f"held-out accuracy {trained.held_out.accuracy:.4f}, ECE {trained.held_out.ece:.4f} "
+        f"({trained.held_out.evidence})\n"
+        f"report {result['report']}\n"
+        + (f"wrote {output}" if output else f"published as revision {result['revision']}"),
+        highlight=False,
+    )
+
+
+def _keep(
+    trained: TrainedTask, store: ModelStore, output: Path | None, report: Path, force: bool
+) -> dict[str, Any]:
+    from training.report import write_report  # matplotlib takes a second to import
+
+    page = write_report(trained, report)
+    result: dict[str, Any] = {"report": str(page), "size_bytes": len(trained.data)}
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(trained.data)
+        return result | {"output": str(output)}
+    outcome = Publisher(store).register(trained.data, force=force, reason=f"train {trained.manifest.task}")
+    return result | {"revision": outcome.active.revision.number}
+
+
+def evaluate(
+    data: Annotated[list[str], typer.Option(help="TASK=SOURCE, repeated; a test split is used alone.")],
+    selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
+    revision: Annotated[int | None, typer.Option(help="A revision other than the newest.")] = None,
+    max_corrupt: CorruptOption = 0.05,
+    cache: CacheOption = DEFAULT_CACHE,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Answer labelled pictures with a store's bank and report the decomposition.
+
+    Example: tosca evaluate --data birds=pictures/birds --data parts=pictures/parts
+    """
+    chosen = _choice(selection, SELECTIONS, "selection")
+    named = dict(_split_data(one) for one in data)
+    sources = {task: open_source(path, to_train=False) for task, path in named.items()}
+    opened = ModelStore(store)
+    backbone = _load_backbone(opened, device, precision)
+    bank = Publisher(opened, revision=revision).active.bank
+    features = {
+        task: _features(_test_part(source), backbone, cache, max_corrupt) for task, source in sources.items()
+    }
+    overall, by_task = evaluate_bank(bank, features, chosen)
+    if json:
+        print_json(
+            {
+                "revision": bank.revision,
+                "selection": chosen,
+                "overall": asdict(overall),
+                "tasks": {task: asdict(one) for task, one in by_task.items()},
+            }
+        )
+        return
+    print_table(
+        ["task", "pictures", "right task", "right class given task", "end to end", "LDA alone", "ECE"],
+        (
+            (
+                task,
+                one.num_pictures,
+                f"{one.selection_accuracy:.4f}",
+                f"{one.accuracy_given_task:.4f}",
+                f"{one.accuracy:.4f}",
+                f"{one.lda_accuracy:.4f}",
+                f"{one.ece:.4f}",
+            )
+            for task, one in [*by_task.items(), ("all", overall)]
+        ),
+    )
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where the demo pictures are written.")] = Path(".tosca/demo"),
+    cache: CacheOption = DEFAULT_CACHE,
+    store: StoreOption = DEFAULT_STORE,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+) -> None:
+    """Add the default backbone and train the demo tasks, unless the store has them already."""
+    opened = ModelStore(store)
+    if opened.head() is None:
+        out.print("adding the default backbone, CLIP ViT-B/16 …")
+        opened.publish_first(opened.put_backbone(backbone_sources.from_clip_wheel()))
+    pictures = write_demo_pictures(folder)
+    missing = [task for task in pictures if task not in opened.require_head().tasks]
+    backbone = _load_backbone(opened, device, precision) if missing else None
+    for task in missing:
+        assert backbone is not None, "loaded when something is missing"
+        features = _features(open_source(pictures[task]), backbone, cache, 0.0)
+        trained = train_task(task, features, backbone.manifest)
+        _keep(trained, opened, None, folder / "reports", force=False)
+        out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}", highlight=False)
+
+
+def _load_backbone(store: ModelStore, device: str, precision: str) -> Backbone:
+    return Backbone.load(store.backbone(store.require_head().backbone_fingerprint), device, precision)
+
+
+def _features(source: PictureSource, backbone: Backbone, cache: Path, max_corrupt: float) -> LabelledFeatures:
+    opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    return extract_features(
+        source,
+        backbone,
+        opened,
+        max_corrupt_fraction=max_corrupt,
+        num_threads=os.cpu_count() or 1,
+        show_progress=err.is_terminal,
+    )
+
+
+def _test_part(source: PictureSource) -> PictureSource:
+    """The test split of a source that has one, so that no feature is computed in vain."""
+    test = tuple(one for one in source.pictures if one.split == "test")
+    return PictureSource(source.name, test, source.labels) if test else source
+
+
+def _split_data(text: str) -> tuple[str, Path]:
+    task, separator, path = text.partition("=")
+    if not separator or not task or not path:
+        raise typer.BadParameter(f"{text!r}: expected TASK=SOURCE", param_hint="--data")
+    return task, Path(path)
+
+
+def _choice(value: str, allowed: tuple[Choice, ...], name: str) -> Choice:
+    for one in allowed:
+        if one == value:
+            return one
+    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(allowed)}", param_hint=f"--{name}")
