@@ -26,7 +26,7 @@ from model_store.calibration import (
 )
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.luca import CosineHead, LuCA
-from model_store.selection import LinearDiscriminant, Selection, entropy, task_log_probs
+from model_store.selection import GaussianDiscriminant, Selection, entropy, task_log_probs
 from model_store.statistics import ClassStatistics, PooledStatistics
 
 # Alternatives less likely than this are not listed, so that a long list never forces every module to run.
@@ -105,7 +105,7 @@ class ModuleBank:
     modules: tuple[TaskModule, ...]
     pooled: PooledStatistics
     device: torch.device
-    selector: LinearDiscriminant | None
+    selector: GaussianDiscriminant | None
     selection_temperature: float
     task_of_class_K: Tensor
     first_class: tuple[int, ...]
@@ -136,7 +136,7 @@ class ModuleBank:
         selector = None
         if ordered:
             mean_KD = torch.cat([module.statistics.mean_KD.cpu() for module in ordered])
-            selector = LinearDiscriminant.fit(mean_KD, pooled).to(device)
+            selector = GaussianDiscriminant.fit(mean_KD, pooled).to(device)
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
@@ -193,8 +193,9 @@ class ModuleBank:
         return self._search(cls_BD, score_BK, self._task_log_probs(score_BK), top_k)
 
     def closed_form_answer(self, cls_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """([B] task index, [B] class index within the task) by LDA alone: the baseline modules must beat."""
-        best_B = self._selection_scores(cls_BD.to(self.device)).argmax(dim=1)
+        """([B] task index, [B] class index within the task) by plain LDA: the baseline modules must beat."""
+        assert self.selector is not None, "a bank with tasks has a selector"
+        best_B = self.selector.linear_scores(cls_BD.to(self.device)).argmax(dim=1)
         task_B = self.task_of_class_K[best_B]
         return task_B, best_B - torch.tensor(self.first_class, device=self.device)[task_B]
 

@@ -117,11 +117,10 @@ def write_module(
         "calibration.held_out_logits": calibration.held_out_logits_MK,
         "calibration.in_statistics": calibration.in_statistics_M,
     }
-    metadata = {
-        "format": FORMAT,
-        "manifest": json.dumps(manifest.model_dump(mode="json"), sort_keys=True, ensure_ascii=False),
-    }
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+    metadata = {"format": FORMAT, "manifest": text, "digest": "0" * 64}
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    metadata["digest"] = _content_digest(text, safetensors.torch.save(data, metadata=metadata))
     return safetensors.torch.save(data, metadata=metadata)
 
 
@@ -187,6 +186,14 @@ def check_module(file: ModuleFile, backbone: BackboneManifest) -> None:
         )
 
 
+def _content_digest(manifest_text: str, data: bytes) -> str:
+    """SHA-256 over the manifest's text and everything behind the header (layout and values of tensors)."""
+    (header_bytes,) = struct.unpack("<Q", data[:8])
+    digest = hashlib.sha256(manifest_text.encode())
+    digest.update(memoryview(data)[8 + header_bytes :])
+    return digest.hexdigest()
+
+
 def _read_manifest(data: bytes) -> ModuleManifest:
     if len(data) < 8:
         raise InvalidModule(f"not a safetensors file: {len(data)} bytes are fewer than its length field")
@@ -203,6 +210,8 @@ def _read_manifest(data: bytes) -> ModuleManifest:
     metadata: Any = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "manifest" not in metadata:
         raise InvalidModule(f"a safetensors file, but no module: its metadata lacks format {FORMAT!r}")
+    if metadata.get("digest") != _content_digest(str(metadata["manifest"]), data):
+        raise InvalidModule("the file was damaged or altered: its content does not match its own digest")
     try:
         return ModuleManifest.model_validate_json(metadata["manifest"])
     except ValidationError as error:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_store.errors import InvalidRequest
@@ -113,8 +113,8 @@ async def _json(request: Request, model: type[Body]) -> Body:
 async def _uploads(request: Request, max_files: int) -> list[bytes]:
     try:
         form = await request.form(max_files=max_files, max_fields=0)
-    except MultiPartException as error:
-        raise InvalidRequest(f"multipart body: {error.message}") from error
+    except HTTPException as error:  # Starlette's own refusal of a malformed body
+        raise InvalidRequest(f"multipart body: {error.detail}") from error
     try:
         files = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
     finally:

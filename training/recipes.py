@@ -33,7 +33,7 @@ class Recipe:
 
 # METHOD: SGD with momentum 0.9, lr 0.025, cosine schedule, 20 epochs, batches of 48, L1 of 5e-4 over all
 # module parameters. One departure: the published zero-initialised head has no defined direction.
-REFERENCE = Recipe("reference", "sgd", 0.025, 20, 48, 5e-4, 0.0, 1.0, identity_start=False)
+REFERENCE = Recipe("reference", "sgd", 0.025, 20, 48, 5e-4, 0.0, 10.0, identity_start=False)
 DEFAULT = Recipe("default", "adamw", 1e-3, 30, 64, 0.0, 0.05, 16.0, identity_start=True, weight_decay=1e-2)
 BY_NAME: dict[RecipeName, Recipe] = {"reference": REFERENCE, "default": DEFAULT}
 

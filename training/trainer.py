@@ -1,6 +1,8 @@
 """From cached features to one module file: fit, calibrate on unseen vectors, measure, write."""
 # N training pictures, M calibration vectors, K classes, D features
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,6 +55,19 @@ class TrainedTask:
     skipped: tuple[str, ...]
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The matrices are small: more threads only wait for each other, and one gives the same bytes
+    whatever the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def train_task(
     task: str,
     features: LabelledFeatures,

@@ -1,0 +1,56 @@
+"""A real `tosca serve` in its own process, for tests that kill it or load it."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+
+@contextlib.contextmanager
+def running_server(store_url: str, log: Path, **settings: object) -> Iterator[RunningServer]:
+    """Serve `store_url` on a free loopback port until the block ends; settings become TOSCA_* variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {f"TOSCA_{name.upper()}": str(value) for name, value in settings.items()}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("tosca"), "serve", "--store", store_url, "--port", str(port)],
+            env={**os.environ, **variables},
+            stdout=output,
+            stderr=output,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process, log)
+        yield RunningServer(url, process)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait(60.0)
+
+
+def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health/ready", timeout=5.0).is_success:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"not ready within {START_TIMEOUT_S} s: {log.read_text()}")

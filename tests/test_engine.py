@@ -1,0 +1,227 @@
+"""The engine: batching, bounds, deadlines, cancellation and isolation, over a backbone that waits."""
+
+import asyncio
+import io
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model_store.backbone import Backbone
+from model_store.bank import ModuleBank
+from model_store.errors import InvalidImage, UnknownTask
+from model_store.module_file import read_module
+from service.engine import Engine, Question
+from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.settings import Settings
+
+
+class GatedBackbone:
+    """A backbone whose passes wait for `gate`, and fail on a picture whose first pixel is `poison`."""
+
+    def __init__(self, inner: Backbone, poison: int = -1) -> None:
+        self.inner = inner
+        self.poison = poison
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.batch_sizes: list[int] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        self.batch_sizes.append(len(pixels_BCHW))
+        self.entered.release()
+        assert self.gate.wait(60.0)
+        if bool((pixels_BCHW[:, 0, 0, 0] == self.poison).any()):
+            raise RuntimeError("poisoned picture")
+        return self.inner.embed(pixels_BCHW)
+
+
+def picture(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bank(tiny_backbone: Backbone, make_module: Callable[..., bytes]) -> ModuleBank:
+    return ModuleBank.build(
+        [read_module(make_module(task, seed=seed)).module for task, seed in (("birds", 1), ("cars", 2))],
+        revision=3,
+        backbone_fingerprint=tiny_backbone.fingerprint,
+        feature_dim=tiny_backbone.feature_dim,
+    )
+
+
+@pytest.fixture
+def backbone(tiny_backbone: Backbone) -> Iterator[GatedBackbone]:
+    gated = GatedBackbone(tiny_backbone)
+    yield gated
+    gated.gate.set()
+
+
+def settings(**changes: object) -> Settings:
+    return Settings(max_batch_size=4, **changes)
+
+
+async def entered(backbone: GatedBackbone) -> None:
+    """Wait until the inference thread is inside a pass."""
+    await asyncio.to_thread(backbone.entered.acquire)
+
+
+def start(engine: Engine) -> None:
+    """Forget the warm-up's passes."""
+    while engine.backbone.entered.acquire(blocking=False):
+        pass
+    engine.backbone.batch_sizes.clear()
+
+
+async def test_waiting_pictures_share_one_pass(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings()) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await entered(backbone)
+        others = [asyncio.create_task(engine.answer([picture(i)], Question(bank))) for i in range(1, 6)]
+        while engine._queue.qsize() < 5:
+            await asyncio.sleep(0)
+        backbone.gate.set()
+        await asyncio.gather(first, *others)
+    assert backbone.batch_sizes == [1, 4, 1]
+
+
+async def test_answer_does_not_depend_on_batch_mates(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    pictures = [picture(20 * i) for i in range(10)]
+    with Engine(backbone, settings()) as engine:
+        together = await engine.answer(pictures, Question(bank))
+        alone = [(await engine.answer([one], Question(bank)))[0] for one in pictures]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.answer.task, one.answer.label) == (other.answer.task, other.answer.label)
+        assert one.answer.confidence == pytest.approx(other.answer.confidence, abs=1e-5)
+
+
+async def test_one_poisoned_picture_fails_alone(tiny_backbone: Backbone, bank: ModuleBank) -> None:
+    backbone = GatedBackbone(tiny_backbone, poison=77)
+    with Engine(backbone, settings()) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
+        await entered(backbone)
+        values = (2, 77, 3)
+        tasks = [asyncio.create_task(engine.answer([picture(value)], Question(bank))) for value in values]
+        while engine._queue.qsize() < 3:
+            await asyncio.sleep(0)
+        backbone.gate.set()
+        results = await asyncio.gather(first, *tasks, return_exceptions=True)
+        assert isinstance(results[2], RuntimeError)
+        assert [isinstance(one, list) for one in results] == [True, True, False, True]
+        assert await engine.answer([picture(9)], Question(bank))
+
+
+async def test_full_queue_refuses_with_a_time_to_retry(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings(max_queued_images=2)) as engine:
+        start(engine)
+        backbone.gate.clear()
+        tasks = [asyncio.create_task(engine.answer([picture(i)], Question(bank))) for i in range(2)]
+        await entered(backbone)
+        with pytest.raises(Overloaded) as refusal:
+            await engine.answer([picture(3)], Question(bank))
+        assert refusal.value.retry_after_s > 0.0
+        backbone.gate.set()
+        await asyncio.gather(*tasks)
+        assert engine.num_admitted == 0
+        assert await engine.answer([picture(3)], Question(bank))
+
+
+async def test_deadline_frees_the_place_in_the_queue(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings(request_timeout_s=0.05)) as engine:
+        backbone.gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            await engine.answer([picture(1)], Question(bank))
+        assert engine.num_admitted == 0
+        backbone.gate.set()
+
+
+async def test_cancelled_request_costs_no_pass(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings()) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await entered(backbone)
+        gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
+        while engine._queue.qsize() < 1:
+            await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        backbone.gate.set()
+        await first
+        await engine.answer([picture(2)], Question(bank))
+    assert backbone.batch_sizes == [1, 1]
+
+
+async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings()) as engine:
+        with pytest.raises(InvalidImage, match="picture 1"):
+            await engine.answer([picture(1), b"junk"], Question(bank))
+        assert engine.num_admitted == 0
+
+
+async def test_unknown_task_is_refused_before_decoding(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings()) as engine, pytest.raises(UnknownTask):
+        await engine.answer([b"junk"], Question(bank, task="nobody"))
+
+
+async def test_requests_with_different_banks_share_a_pass_but_not_an_answer(
+    backbone: GatedBackbone, bank: ModuleBank
+) -> None:
+    smaller = ModuleBank.build(
+        bank.modules[:1], revision=4, backbone_fingerprint="f" * 64, feature_dim=bank.feature_dim
+    )
+    with Engine(backbone, settings()) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await entered(backbone)
+        tasks = [asyncio.create_task(engine.answer([picture(9)], Question(one))) for one in (bank, smaller)]
+        while engine._queue.qsize() < 2:
+            await asyncio.sleep(0)
+        backbone.gate.set()
+        await first
+        answers = [(await one)[0].answer for one in tasks]
+    assert backbone.batch_sizes == [1, 2]
+    assert [one.receipt.revision for one in answers] == [3, 4]
+
+
+async def test_stopping_answers_what_was_admitted(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    engine = Engine(backbone, settings())
+    with engine:
+        tasks = [asyncio.create_task(engine.answer([picture(i)], Question(bank))) for i in range(9)]
+        while engine.num_admitted < 9:
+            await asyncio.sleep(0)
+        answers = await asyncio.gather(*tasks)
+    assert len(answers) == 9
+    assert not engine.is_alive
+    with pytest.raises(ShuttingDown):
+        await engine.answer([picture(1)], Question(bank))
+
+
+def test_a_pass_that_hangs_fails_the_liveness_check(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    async def ask(engine: Engine) -> None:
+        task = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
+        await entered(backbone)
+        assert not engine.is_alive
+        backbone.gate.set()
+        await task
+
+    with Engine(backbone, settings(stall_after_s=1e-9)) as engine:
+        start(engine)
+        backbone.gate.clear()
+        asyncio.run(ask(engine))
+        torch.manual_seed(0)
