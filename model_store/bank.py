@@ -8,62 +8,92 @@ no registration can change an answer half-way. The answer to an image is
 and since the second factor is at most 1, a task whose P(task | x) is below the best joint probability
 found so far cannot win: modules are evaluated in that order until none can, which is exact.
 """
-# B batch, N vectors, K classes (of one task or of all), T tasks, D features, M calibration vectors
+# B batch, N vectors, K classes (of one task or of all), C classes of the widest task, T tasks, D features,
+# M calibration vectors
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model_store.calibration import (
-    TEMPERATURE_RANGE,
-    CalibrationSet,
-    minimise_over_log_scale,
-    negative_log_likelihood,
-)
+from model_store.calibration import CalibrationSet, minimise_over_log_scale, negative_log_likelihood
 from model_store.errors import InvalidRequest, UnknownTask
+from model_store.landmarks import LandmarkRidge, Standardisation
 from model_store.luca import CosineHead, LuCA
-from model_store.selection import GaussianDiscriminant, Selection, entropy, task_log_probs
+from model_store.selection import Selection, WhitenedCosine, entropy, task_log_probs
 from model_store.statistics import ClassStatistics, PooledStatistics
 
 # Alternatives less likely than this are not listed, so that a long list never forces every module to run.
 MIN_ALTERNATIVE_PROBABILITY = 1e-3
-# The selection temperature is fitted on at most this many calibration vectors of all tasks together.
-MAX_TEMPERATURE_VECTORS = 4096
+# The blend is fitted on at most this many calibration vectors of all tasks together, and needs so many.
+MAX_BLEND_VECTORS = 4096
+MIN_BLEND_VECTORS = 50
+SHARPNESS_RANGE = (1.0, 300.0)
+_WEIGHTS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2)
 
 
 @dataclass(frozen=True, slots=True)
 class TaskModule:
     """One task version, as its module file holds it. Treat every tensor as read-only.
 
-    P(class | task, x) = softmax(luca_weight · head(LuCA(x)) + closed_form_weight · lda(x)) over the
-    task's own classes; the trainer chooses both weights on vectors the module has not seen.
+    Two experts score the task's classes: LuCA with its cosine head, and a closed-form ridge on landmarks.
+    The trainer weighs them by how well they did on vectors they had not seen; a weight may be 0.
     """
 
     task: str
     labels: tuple[str, ...]
     sha256: str
+    standardisation: Standardisation | None  # None: LuCA reads the CLS vector as it is
     luca: LuCA
     head: CosineHead
+    ridge: LandmarkRidge
     luca_weight: float
-    closed_form_weight: float
+    ridge_weight: float
     statistics: ClassStatistics
     calibration: CalibrationSet
 
     @torch.inference_mode()
+    def luca_output(self, cls_BD: Tensor) -> Tensor:
+        """[B, D] recalibrated features; LuCA reads unit vectors times √D when inputs are standardised."""
+        if self.standardisation is not None:
+            cls_BD = self.standardisation(cls_BD) * cls_BD.shape[1] ** 0.5
+        out_BD: Tensor = self.luca(cls_BD)
+        return out_BD
+
+    @torch.inference_mode()
     def logits(self, cls_BD: Tensor) -> Tensor:
-        """[B, K] float32 head logits of [B, D] CLS vectors."""
-        logits_BK: Tensor = self.head(self.luca(cls_BD))
+        """[B, K] float32 logits of [B, D] CLS vectors, on the scale of log-probabilities."""
+        logits_BK = cls_BD.new_zeros(cls_BD.shape[0], len(self.labels))
+        if self.luca_weight > 0.0:
+            logits_BK = logits_BK + self.luca_weight * self.head(self.luca_output(cls_BD))
+        if self.ridge_weight > 0.0:
+            assert self.standardisation is not None, "the ridge reads standardised vectors"
+            logits_BK = logits_BK + self.ridge_weight * self.ridge.scores(self.standardisation(cls_BD))
         return logits_BK
 
-    def class_log_probs(self, logits_BK: Tensor, score_BK: Tensor) -> Tensor:
-        """[B, K] float64 log P(class | task, x) from head logits and the closed-form scores."""
-        return torch.log_softmax(
-            self.luca_weight * logits_BK.double() + self.closed_form_weight * score_BK.double(), dim=1
-        )
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """How a bank combines its two sources, fitted on the calibration sets of its tasks:
+
+    P(task | x)        ∝ Σ over its classes of exp(sharpness · score)
+    P(class | task, x) ∝ exp(module_weight · logit + score_weight · sharpness · score)
+    """
+
+    sharpness: float = 15.0
+    module_weight: float = 0.5
+    score_weight: float = 0.5
+
+    def class_log_probs(self, logits_BK: Tensor, score_BK: Tensor, absent_BK: Tensor | None = None) -> Tensor:
+        """[B, K] float64 log P(class | task, x) over one task's classes; `absent_BK` marks padding."""
+        closed_form_BK = self.score_weight * self.sharpness * score_BK
+        sum_BK = self.module_weight * logits_BK.double() + closed_form_BK
+        if absent_BK is not None:
+            sum_BK = sum_BK.masked_fill(absent_BK, -torch.inf)
+        return torch.log_softmax(sum_BK, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +135,8 @@ class ModuleBank:
     modules: tuple[TaskModule, ...]
     pooled: PooledStatistics
     device: torch.device
-    selector: GaussianDiscriminant | None
-    selection_temperature: float
+    selector: WhitenedCosine | None
+    blend: Blend
     task_of_class_K: Tensor
     first_class: tuple[int, ...]
     _index: dict[str, int] = field(repr=False)
@@ -136,7 +166,7 @@ class ModuleBank:
         selector = None
         if ordered:
             mean_KD = torch.cat([module.statistics.mean_KD.cpu() for module in ordered])
-            selector = GaussianDiscriminant.fit(mean_KD, pooled).to(device)
+            selector = WhitenedCosine.fit(mean_KD, pooled).to(device)
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
@@ -145,15 +175,14 @@ class ModuleBank:
             pooled=pooled,
             device=device,
             selector=selector,
-            selection_temperature=1.0,
+            blend=Blend(),
             task_of_class_K=torch.repeat_interleave(
                 torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)
             ).to(device),
             first_class=first_class,
             _index={module.task: i for i, module in enumerate(ordered)},
         )
-        object.__setattr__(bank, "selection_temperature", bank._fit_selection_temperature())
-        return bank
+        return replace(bank, blend=bank._fit_blend())
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -195,7 +224,7 @@ class ModuleBank:
     def closed_form_answer(self, cls_BD: Tensor) -> tuple[Tensor, Tensor]:
         """([B] task index, [B] class index within the task) by plain LDA: the baseline modules must beat."""
         assert self.selector is not None, "a bank with tasks has a selector"
-        best_B = self.selector.linear_scores(cls_BD.to(self.device)).argmax(dim=1)
+        best_B = self.selector.lda_scores(cls_BD.to(self.device)).argmax(dim=1)
         task_B = self.task_of_class_K[best_B]
         return task_B, best_B - torch.tensor(self.first_class, device=self.device)[task_B]
 
@@ -204,7 +233,7 @@ class ModuleBank:
         return self.selector.scores(cls_BD)
 
     def _task_log_probs(self, score_BK: Tensor) -> Tensor:
-        return task_log_probs(score_BK / self.selection_temperature, self.task_of_class_K, len(self.modules))
+        return task_log_probs(self.blend.sharpness * score_BK, self.task_of_class_K, len(self.modules))
 
     def _classes(self, task_index: int) -> slice:
         start = self.first_class[task_index]
@@ -236,7 +265,7 @@ class ModuleBank:
                 logits_NK = (
                     known[1][rows] if known and known[0] == t else self.modules[t].logits(cls_BD[rows])
                 )
-                log_class_NK = self.modules[t].class_log_probs(logits_NK, score_BK[rows, self._classes(t)])
+                log_class_NK = self.blend.class_log_probs(logits_NK, score_BK[rows, self._classes(t)])
                 joint_NK = (log_class_NK + log_task_BT[rows, t, None]).exp()
                 value_NK, class_NK = joint_NK.topk(min(top_k, joint_NK.shape[1]), dim=1)
                 for b, values, classes in zip(rows, value_NK.tolist(), class_NK.tolist(), strict=True):
@@ -267,7 +296,7 @@ class ModuleBank:
         best_prob_BK = cls_BD.new_zeros((cls_BD.shape[0], head_KD.shape[0]), dtype=torch.float64)
         winner_B = torch.zeros(cls_BD.shape[0], dtype=torch.int64, device=self.device)
         for t, module in enumerate(self.modules):
-            out_BD = F.normalize(module.luca(cls_BD), dim=-1)
+            out_BD = F.normalize(module.luca_output(cls_BD), dim=-1)
             log_prob_BK = torch.log_softmax(module.head.scale * (out_BD @ head_KD.T).double(), dim=1)
             entropy_B = entropy(log_prob_BK)
             better_B = entropy_B < best_entropy_B
@@ -338,24 +367,55 @@ class ModuleBank:
             )
         return score_NK
 
-    def _fit_selection_temperature(self) -> float:
-        if len(self.modules) < 2:
-            return 1.0
-        quota = max(1, MAX_TEMPERATURE_VECTORS // len(self.modules))
-        step = max(1, len(self.modules) // MAX_TEMPERATURE_VECTORS)
-        scores, owners = [], []
-        for t in range(0, len(self.modules), step):
-            size = len(self.modules[t].calibration)
-            rows = torch.linspace(0, size - 1, min(quota, size)).round().long().to(self.device)
-            scores.append(self._unseen_scores(t, rows))
-            owners.append(torch.full((rows.numel(),), t, device=self.device))
-        score_NK, owner_N = torch.cat(scores), torch.cat(owners)
+    def _fit_blend(self) -> Blend:
+        """The blend that makes the joint probabilities of known pictures most truthful.
 
-        def loss(temperature: float) -> float:
-            log_prob_NT = task_log_probs(score_NK / temperature, self.task_of_class_K, len(self.modules))
-            return negative_log_likelihood(log_prob_NT, owner_N)
+        log P(task, class) is the sum of both logarithms, so they are fitted apart: the sharpness on the
+        scores over all classes, the two weights within the tasks.
+        """
+        parts = [self._unseen_evidence(t) for t in self._sampled_tasks()]
+        if sum(len(label_N) for label_N, *_ in parts) < MIN_BLEND_VECTORS:
+            return Blend()
+        label_N, score_NK, logits_NC, absent_NC = (torch.cat(one) for one in zip(*parts, strict=True))
 
-        return minimise_over_log_scale(loss, *TEMPERATURE_RANGE)
+        def selection_loss(sharpness: float) -> float:
+            return negative_log_likelihood(torch.log_softmax(sharpness * score_NK, dim=1), label_N)
+
+        sharpness = minimise_over_log_scale(selection_loss, *SHARPNESS_RANGE)
+        first_N = self._first_class_of(label_N)
+        column_NC = first_N[:, None] + torch.arange(logits_NC.shape[1], device=self.device)
+        own_NC = score_NK.gather(1, column_NC.clamp_max(score_NK.shape[1] - 1))
+        candidates = [
+            Blend(sharpness, module_weight, score_weight)
+            for module_weight in _WEIGHTS
+            for score_weight in _WEIGHTS
+            if module_weight > 0.0 or score_weight > 0.0
+        ]
+
+        def class_loss(blend: Blend) -> float:
+            log_prob_NC = blend.class_log_probs(logits_NC, own_NC, absent_NC)
+            return negative_log_likelihood(log_prob_NC, label_N - first_N)
+
+        return min(candidates, key=class_loss)
+
+    def _sampled_tasks(self) -> range:
+        return range(0, len(self.modules), max(1, len(self.modules) // MAX_BLEND_VECTORS))
+
+    def _first_class_of(self, label_N: Tensor) -> Tensor:
+        return torch.tensor(self.first_class, device=self.device)[self.task_of_class_K[label_N]]
+
+    def _unseen_evidence(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of unseen vectors: class over all tasks [N], scores [N, K], own logits and padding mask [N, C]."""
+        calibration = self.modules[t].calibration
+        quota = max(1, MAX_BLEND_VECTORS // len(self.modules))
+        size = len(calibration)
+        rows = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long().to(self.device)
+        widest = max(len(module.labels) for module in self.modules)
+        logits_NC = calibration.held_out_logits_MK[rows].double()
+        absent_NC = torch.arange(widest, device=self.device).expand(len(rows), -1) >= logits_NC.shape[1]
+        logits_NC = F.pad(logits_NC, (0, widest - logits_NC.shape[1]))
+        label_N = calibration.label_M[rows] + self.first_class[t]
+        return label_N, self._unseen_scores(t, rows), logits_NC, absent_NC
 
 
 def _bar(entries: list[tuple[float, int, int]], top_k: int) -> float:

@@ -23,6 +23,7 @@ from model_store.backbone import BackboneManifest
 from model_store.bank import TaskModule
 from model_store.calibration import CalibrationSet
 from model_store.errors import FingerprintMismatch, GoldenCheckFailed, InvalidModule
+from model_store.landmarks import LandmarkRidge, Standardisation
 from model_store.luca import CosineHead, Flow, LuCA
 from model_store.statistics import MAX_SCATTER, ClassStatistics, packed_size
 
@@ -68,18 +69,21 @@ class ModuleManifest(BaseModel):
     feature_dim: int = Field(gt=0, le=65536)
     bottleneck_dim: int = Field(gt=0, le=65536)
     flow: Flow = "tosca"
-    luca_weight: float = Field(default=1.0, ge=0.0, le=1e3)
-    closed_form_weight: float = Field(default=0.0, ge=0.0, le=1e3)
+    standardised: bool
+    luca_weight: float = Field(ge=0.0, le=1e3)
+    ridge_weight: float = Field(ge=0.0, le=1e3)
     training: dict[str, str | int | float | bool | None] = Field(default_factory=dict, max_length=64)
     metrics: dict[str, float] = Field(default_factory=dict, max_length=64)
     provenance: dict[str, str] = Field(default_factory=dict, max_length=64)
 
     @model_validator(mode="after")
-    def _check_labels(self) -> "ModuleManifest":
+    def _check_whole(self) -> "ModuleManifest":
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must be distinct")
-        if self.luca_weight == 0.0 and self.closed_form_weight == 0.0:
-            raise ValueError("luca_weight and closed_form_weight are both 0: the module would answer nothing")
+        if self.luca_weight == 0.0 and self.ridge_weight == 0.0:
+            raise ValueError("luca_weight and ridge_weight are both 0: the module would answer nothing")
+        if self.ridge_weight > 0.0 and not self.standardised:
+            raise ValueError("the ridge needs standardised vectors")
         return self
 
 
@@ -96,18 +100,19 @@ class ModuleFile:
         return self.module.sha256
 
 
-def write_module(
-    manifest: ModuleManifest,
-    luca: LuCA,
-    head: CosineHead,
-    statistics: ClassStatistics,
-    calibration: CalibrationSet,
-) -> bytes:
+def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
     """The bytes of a module file; equal content gives equal bytes."""
+    D = manifest.feature_dim
+    standardisation = module.standardisation or Standardisation(torch.zeros(D), torch.ones(D))
+    calibration, statistics = module.calibration, module.statistics
     tensors = {
-        **{f"luca.{name}": value for name, value in luca.state_dict().items()},
-        "head.weight": head.weight_KD,
-        "head.scale": head.scale,
+        **{f"luca.{name}": value for name, value in module.luca.state_dict().items()},
+        "head.weight": module.head.weight_KD,
+        "head.scale": module.head.scale,
+        "input.mean": standardisation.mean_D,
+        "input.scale": standardisation.scale_D,
+        "ridge.kernel": module.ridge.kernel_weight_MK,
+        "ridge.linear": module.ridge.linear_weight_DK,
         "statistics.mean": statistics.mean_KD,
         "statistics.count": statistics.count_K,
         "statistics.scatter": statistics.scatter_P,
@@ -138,23 +143,31 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
     head.load_state_dict({"weight_KD": tensors["head.weight"], "scale": tensors["head.scale"]})
     luca.requires_grad_(False).to(device)
     head.requires_grad_(False).to(device)
+    at = {name: value.to(device) for name, value in tensors.items() if not name.startswith("statistics.")}
+    standardisation = Standardisation(at["input.mean"], at["input.scale"])
     module = TaskModule(
         task=manifest.task,
         labels=manifest.labels,
         sha256=hashlib.sha256(data).hexdigest(),
+        standardisation=standardisation if manifest.standardised else None,
         luca=luca,
         head=head,
+        ridge=LandmarkRidge(
+            landmark_MD=standardisation(at["calibration.cls"].float()),
+            kernel_weight_MK=at["ridge.kernel"],
+            linear_weight_DK=at["ridge.linear"],
+        ),
         luca_weight=manifest.luca_weight,
-        closed_form_weight=manifest.closed_form_weight,
+        ridge_weight=manifest.ridge_weight,
         statistics=ClassStatistics(
             tensors["statistics.mean"], tensors["statistics.count"], tensors["statistics.scatter"]
         ),
         calibration=CalibrationSet(
-            tensors["calibration.cls"].to(device),
-            tensors["calibration.label"].to(device),
-            tensors["calibration.logits"].to(device),
-            tensors["calibration.held_out_logits"].to(device),
-            tensors["calibration.in_statistics"].to(device),
+            at["calibration.cls"],
+            at["calibration.label"],
+            at["calibration.logits"],
+            at["calibration.held_out_logits"],
+            at["calibration.in_statistics"],
         ),
     )
     return ModuleFile(manifest, module, len(data))
@@ -228,6 +241,10 @@ def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: L
         **{f"luca.{name}": (tuple(value.shape), torch.float32) for name, value in luca.state_dict().items()},
         "head.weight": ((K, D), torch.float32),
         "head.scale": ((), torch.float32),
+        "input.mean": ((D,), torch.float32),
+        "input.scale": ((D,), torch.float32),
+        "ridge.kernel": ((M, K), torch.float32),
+        "ridge.linear": ((D, K), torch.float32),
         "statistics.mean": ((K, D), torch.float32),
         "statistics.count": ((K,), torch.int64),
         "statistics.scatter": ((packed_size(D),), torch.float32),

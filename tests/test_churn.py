@@ -35,7 +35,8 @@ def test_answers_equal_their_receipts_while_tasks_come_and_go(
         result = churn(server.url, pictures, modules, num_clients=4, num_changes=24, duration_s=3.0)
     assert result.failures == []
     assert len({answer["receipt"]["revision"] for _, answer in result.answers}) > 5
-    assert find_mismatches(tiny_store, tiny_backbone, pictures, result) == []
+    mismatches = find_mismatches(tiny_store, tiny_backbone, pictures, result)
+    assert mismatches == [], "\n".join(mismatches[:5])
 
 
 @pytest.mark.slow

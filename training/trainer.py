@@ -1,27 +1,39 @@
 """From cached features to one module file: fit, calibrate on unseen vectors, measure, write."""
-# N training pictures, M calibration vectors, K classes, D features
+# N training pictures, U unseen pictures, M calibration vectors, K classes, D features
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from model_store.backbone import BackboneManifest
+from model_store.bank import TaskModule
 from model_store.calibration import (
     CalibrationSet,
     expected_calibration_error,
     fit_temperature,
+    minimise_over_log_scale,
+    negative_log_likelihood,
 )
 from model_store.errors import InvalidDataset
-from model_store.luca import CosineHead, Flow, LuCA
+from model_store.landmarks import Standardisation, fit_landmark_ridge
+from model_store.luca import Flow
 from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleManifest, write_module
 from model_store.statistics import fit_class_statistics
 from training.features import LabelledFeatures
 from training.recipes import BY_NAME, Recipe, RecipeName, fit_module
 
-MAX_FOLDS = 5
+NUM_FOLDS = 3
+MIN_IMAGES_FOR_LUCA = 5  # in every class, before LuCA may speak beside the ridge
+MIN_EVIDENCE = 10  # unseen vectors, before weights are fitted at all
+LUCA_MARGIN = 0.005  # nats
+DEFAULT_RIDGE_WEIGHT = 8.0
+RIDGE_WEIGHT_RANGE = (1.0, 50.0)
+_LUCA_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_RIDGE_SHARES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +89,73 @@ def train_task(
     flow: Flow = "tosca",
     seed: int = 0,
 ) -> TrainedTask:
-    """Train one task and return its module file; equal features, recipe and seed give equal bytes."""
+    """Train one task and return its module file; equal features, recipe and seed give equal bytes.
+
+    Statistics and the final experts use every training picture. How they are weighed, calibrated and
+    reported rests on predictions for pictures they had not seen: the `val` split where there is one,
+    else leave-one-out for the ridge and cross-fitting for LuCA.
+    """
     chosen = BY_NAME[recipe]
     num_classes = len(features.labels)
     train, val, test = (features.rows(split) for split in ("train", "val", "test"))
     cls_ND, label_N = features.cls_ND[train], features.label_N[train]
-    for label, count in zip(features.labels, torch.bincount(label_N, minlength=num_classes), strict=True):
-        if int(count) < 1:
+    count_K = torch.bincount(label_N, minlength=num_classes)
+    for label, count in zip(features.labels, count_K.tolist(), strict=True):
+        if count < 1:
             raise InvalidDataset(f"{features.name}: no training picture of class {label!r} can be read")
 
-    luca, head = fit_module(cls_ND, label_N, num_classes, chosen, _generator(seed, 0), flow)
-    if len(val) > 0:
-        unseen_rows, unseen_logits = val, head(luca(features.cls_ND[val]))
-    else:
-        unseen_rows, unseen_logits = train, cross_fit(cls_ND, label_N, num_classes, chosen, seed, flow)
-    known = unseen_logits.isfinite().all(dim=1)
-    unseen_rows, unseen_logits = unseen_rows[known], unseen_logits[known]
-    temperature = fit_temperature(unseen_logits, features.label_N[unseen_rows])
-    calibration = _calibration_set(
-        features, unseen_rows, unseen_logits, luca, head, inside=len(val) == 0, seed=seed
+    # The only picture of a class cannot be left out, so it is no evidence.
+    unseen = val if len(val) > 0 else train[count_K[label_N] >= 2]
+    unseen_label_U = features.label_N[unseen]
+    picked = _pick_evenly(unseen_label_U, MAX_CALIBRATION_VECTORS, _generator(seed, 100))
+    calibration_MD = features.cls_ND[unseen[picked]].half()
+
+    standardisation = Standardisation.fit(cls_ND) if chosen.standardise else None
+    reader = _Reader(standardisation)
+    luca, head = fit_module(
+        reader.luca_input(cls_ND), label_N, num_classes, chosen, _generator(seed, 0), flow
     )
-    held_out = _held_out(features, test, luca, head, unseen_rows, unseen_logits, temperature)
+    landmark_MD = reader.unit(calibration_MD.float())
+    ridge, ridge_NK = fit_landmark_ridge(reader.unit(cls_ND), label_N, num_classes, landmark_MD)
+    if len(val) > 0:
+        luca_UK = head(luca(reader.luca_input(features.cls_ND[val])))
+        ridge_UK = ridge.scores(reader.unit(features.cls_ND[val]))
+    else:
+        seen_twice_N = count_K[label_N] >= 2
+        luca_UK = cross_fit(reader.luca_input(cls_ND), label_N, num_classes, chosen, seed, flow)[seen_twice_N]
+        ridge_UK = ridge_NK[seen_twice_N]
+    trusted = len(val) > 0 or int(count_K.min()) >= MIN_IMAGES_FOR_LUCA
+    luca_weight, ridge_weight = weigh_experts(
+        luca_UK, ridge_UK, unseen_label_U, use_ridge=chosen.standardise, trust_luca=trusted
+    )
+    unseen_UK = luca_weight * luca_UK + ridge_weight * ridge_UK
+
+    module = TaskModule(
+        task=task,
+        labels=features.labels,
+        sha256="",
+        standardisation=standardisation,
+        luca=luca,
+        head=head,
+        ridge=ridge,
+        luca_weight=luca_weight,
+        ridge_weight=ridge_weight,
+        statistics=fit_class_statistics(cls_ND, label_N, num_classes),
+        calibration=CalibrationSet(
+            cls_MD=calibration_MD,
+            label_M=unseen_label_U[picked],
+            logits_MK=torch.empty(0),
+            held_out_logits_MK=unseen_UK[picked].clone(),
+            in_statistics_M=torch.full((len(picked),), len(val) == 0),
+        ),
+    )
+    golden_MK = module.logits(calibration_MD.float()).clone()
+    module = replace(module, calibration=replace(module.calibration, logits_MK=golden_MK))
+    if len(test) > 0:
+        held_out = _held_out("test split", module.logits(features.cls_ND[test]), features.label_N[test])
+    else:
+        evidence = "val split" if len(val) > 0 else "training pictures, each left out"
+        held_out = _held_out(evidence, unseen_UK, unseen_label_U)
 
     manifest = ModuleManifest(
         task=task,
@@ -106,7 +164,9 @@ def train_task(
         feature_dim=backbone.feature_dim,
         bottleneck_dim=luca.bottleneck_dim,
         flow=flow,
-        luca_weight=1.0 / temperature,
+        standardised=standardisation is not None,
+        luca_weight=luca_weight,
+        ridge_weight=ridge_weight,
         training={**asdict(chosen), "seed": seed, "num_images": len(train)},
         metrics={
             "accuracy": held_out.accuracy,
@@ -120,28 +180,65 @@ def train_task(
             "torch": torch.__version__,
         },
     )
-    statistics = fit_class_statistics(cls_ND, label_N, num_classes)
-    data = write_module(manifest, luca, head, statistics, calibration)
-    return TrainedTask(manifest, data, held_out, features.skipped)
+    return TrainedTask(manifest, write_module(manifest, module), held_out, features.skipped)
+
+
+def weigh_experts(
+    luca_UK: Tensor, ridge_UK: Tensor, label_U: Tensor, *, use_ridge: bool, trust_luca: bool
+) -> tuple[float, float]:
+    """(luca_weight, ridge_weight) with the least negative log-likelihood on unseen vectors.
+
+    LuCA joins the ridge only when it lowers that by LUCA_MARGIN nats, and only when `trust_luca`: with a
+    handful of pictures the evidence itself is noise.
+    """
+    if not use_ridge:
+        return 1.0 / fit_temperature(luca_UK, label_U), 0.0
+
+    def loss(luca_weight: float, ridge_weight: float) -> float:
+        logits_UK = luca_weight * luca_UK.double() + ridge_weight * ridge_UK.double()
+        return negative_log_likelihood(torch.log_softmax(logits_UK, dim=1), label_U)
+
+    if len(label_U) < MIN_EVIDENCE:
+        return 0.0, DEFAULT_RIDGE_WEIGHT
+    ridge_alone = minimise_over_log_scale(lambda weight: loss(0.0, weight), *RIDGE_WEIGHT_RANGE)
+    if not trust_luca:
+        return 0.0, ridge_alone
+    candidates = [(luca, ridge_alone * share) for luca in _LUCA_WEIGHTS for share in _RIDGE_SHARES]
+    best = min(candidates, key=lambda pair: loss(*pair))
+    return best if loss(*best) < loss(0.0, ridge_alone) - LUCA_MARGIN else (0.0, ridge_alone)
 
 
 def cross_fit(
-    cls_ND: Tensor, label_N: Tensor, num_classes: int, recipe: Recipe, seed: int, flow: Flow
+    x_ND: Tensor, label_N: Tensor, num_classes: int, recipe: Recipe, seed: int, flow: Flow
 ) -> Tensor:
-    """[N, K] logits of every training vector from a module that never saw it.
+    """[N, K] head logits of every training vector from a module that never saw it.
 
-    Stratified folds, at most MAX_FOLDS. The only picture of a class cannot be held out: its row is NaN.
+    Stratified folds; the rows of a class with a single picture mean nothing.
     """
     fold_N = _stratified_folds(label_N, _generator(seed, 1))
-    logits_NK = torch.full((len(label_N), num_classes), torch.nan)
-    lonely_N = torch.bincount(label_N, minlength=num_classes)[label_N] < 2
-    for fold in range(int(fold_N.max()) + 1):
-        out = (fold_N == fold) & ~lonely_N
+    logits_NK = torch.zeros(len(label_N), num_classes)
+    for fold in range(NUM_FOLDS):
+        out = fold_N == fold
+        if not bool(out.any()) or bool(out.all()):
+            continue
         luca, head = fit_module(
-            cls_ND[~out], label_N[~out], num_classes, recipe, _generator(seed, 2 + fold), flow
+            x_ND[~out], label_N[~out], num_classes, recipe, _generator(seed, 2 + fold), flow
         )
-        logits_NK[out] = head(luca(cls_ND[out]))
+        logits_NK[out] = head(luca(x_ND[out]))
     return logits_NK
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """How the experts read CLS vectors; see TaskModule."""
+
+    standardisation: Standardisation | None
+
+    def unit(self, cls_BD: Tensor) -> Tensor:
+        return F.normalize(cls_BD, dim=-1) if self.standardisation is None else self.standardisation(cls_BD)
+
+    def luca_input(self, cls_BD: Tensor) -> Tensor:
+        return cls_BD if self.standardisation is None else self.unit(cls_BD) * cls_BD.shape[1] ** 0.5
 
 
 def _stratified_folds(label_N: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,58 +246,22 @@ def _stratified_folds(label_N: Tensor, generator: torch.Generator) -> Tensor:
     for k in label_N.unique().tolist():
         rows = (label_N == k).nonzero().squeeze(1)
         shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        fold_N[shuffled] = torch.arange(len(rows)) % MAX_FOLDS
+        fold_N[shuffled] = (torch.arange(len(rows)) + k) % NUM_FOLDS
     return fold_N
 
 
-def _calibration_set(
-    features: LabelledFeatures,
-    rows: Tensor,
-    held_out_logits: Tensor,
-    luca: LuCA,
-    head: CosineHead,
-    *,
-    inside: bool,
-    seed: int,
-) -> CalibrationSet:
-    """Up to MAX_CALIBRATION_VECTORS unseen vectors, as evenly over the classes as they come."""
-    fold = features.label_N[rows]
-    order = torch.randperm(len(rows), generator=_generator(seed, 100))
-    rank = torch.zeros(len(rows), dtype=torch.int64)
-    for k in fold.unique().tolist():
-        members = order[fold[order] == k]
-        rank[members] = torch.arange(len(members))
-    picked = torch.argsort(rank, stable=True)[:MAX_CALIBRATION_VECTORS].sort().values
-    cls_MD = features.cls_ND[rows[picked]].half()
-    with torch.inference_mode():
-        logits_MK = head(luca(cls_MD.float()))
-    return CalibrationSet(
-        cls_MD=cls_MD,
-        label_M=fold[picked],
-        logits_MK=logits_MK.clone(),
-        held_out_logits_MK=held_out_logits[picked].clone(),
-        in_statistics_M=torch.full((len(picked),), inside),
-    )
+def _pick_evenly(label_N: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Up to `size` row numbers, sorted, as evenly over the classes as they come."""
+    order = torch.randperm(len(label_N), generator=generator)
+    rank_N = torch.zeros(len(label_N), dtype=torch.int64)
+    for k in label_N.unique().tolist():
+        members = order[label_N[order] == k]
+        rank_N[members] = torch.arange(len(members))
+    return torch.argsort(rank_N, stable=True)[:size].sort().values
 
 
-def _held_out(
-    features: LabelledFeatures,
-    test: Tensor,
-    luca: LuCA,
-    head: CosineHead,
-    unseen_rows: Tensor,
-    unseen_logits: Tensor,
-    temperature: float,
-) -> HeldOutResult:
-    if len(test) > 0:
-        evidence, rows, logits = "test split", test, head(luca(features.cls_ND[test]))
-    else:
-        in_val = features.splits[int(unseen_rows[0])] == "val" if len(unseen_rows) else False
-        evidence = "val split" if in_val else "cross-fitted training pictures"
-        rows, logits = unseen_rows, unseen_logits
-    return HeldOutResult(
-        evidence, features.label_N[rows], torch.softmax(logits.double() / temperature, dim=1)
-    )
+def _held_out(evidence: str, logits_NK: Tensor, label_N: Tensor) -> HeldOutResult:
+    return HeldOutResult(evidence, label_N, torch.softmax(logits_NK.double(), dim=1))
 
 
 def _generator(seed: int, stream: int) -> torch.Generator:
