@@ -33,7 +33,13 @@ MAX_CALIBRATION_VECTORS = 128
 MAX_HEADER_BYTES = 4 * 2**20
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden logit (at least 1)
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.int64: "int64", torch.bool: "bool"}
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int64: "int64",
+    torch.int8: "int8",
+    torch.bool: "bool",
+}
 
 
 def _check_task_name(name: str) -> str:
@@ -101,21 +107,25 @@ class ModuleFile:
 
 
 def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
-    """The bytes of a module file; equal content gives equal bytes."""
+    """The bytes of a module file; equal content gives equal bytes.
+
+    Expert weights are stored in float16: round them (`round_weights`) before computing golden outputs.
+    """
     D = manifest.feature_dim
     standardisation = module.standardisation or Standardisation(torch.zeros(D), torch.ones(D))
     calibration, statistics = module.calibration, module.statistics
     tensors = {
-        **{f"luca.{name}": value for name, value in module.luca.state_dict().items()},
-        "head.weight": module.head.weight_KD,
+        **{f"luca.{name}": value.half() for name, value in module.luca.state_dict().items()},
+        "head.weight": module.head.weight_KD.half(),
         "head.scale": module.head.scale,
         "input.mean": standardisation.mean_D,
         "input.scale": standardisation.scale_D,
-        "ridge.kernel": module.ridge.kernel_weight_MK,
-        "ridge.linear": module.ridge.linear_weight_DK,
+        "ridge.kernel": module.ridge.kernel_weight_MK.half(),
+        "ridge.linear": module.ridge.linear_weight_DK.half(),
         "statistics.mean": statistics.mean_KD,
         "statistics.count": statistics.count_K,
-        "statistics.scatter": statistics.scatter_P,
+        "statistics.variance": statistics.variance_D,
+        "statistics.correlation": statistics.correlation_P,
         "calibration.cls": calibration.cls_MD,
         "calibration.label": calibration.label_M,
         "calibration.logits": calibration.logits_MK,
@@ -127,6 +137,18 @@ def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     metadata["digest"] = _content_digest(text, safetensors.torch.save(data, metadata=metadata))
     return safetensors.torch.save(data, metadata=metadata)
+
+
+def round_weights(luca: LuCA, head: CosineHead, ridge: LandmarkRidge) -> LandmarkRidge:
+    """Round the experts' weights to what the file will hold; LuCA and head in place, the ridge returned."""
+    with torch.no_grad():
+        for parameter in [*luca.parameters(), head.weight_KD]:
+            parameter.copy_(parameter.half().float())
+    return LandmarkRidge(
+        ridge.landmark_MD,
+        ridge.kernel_weight_MK.half().float(),
+        ridge.linear_weight_DK.half().float(),
+    )
 
 
 def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
@@ -154,13 +176,16 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
         head=head,
         ridge=LandmarkRidge(
             landmark_MD=standardisation(at["calibration.cls"].float()),
-            kernel_weight_MK=at["ridge.kernel"],
-            linear_weight_DK=at["ridge.linear"],
+            kernel_weight_MK=at["ridge.kernel"].float(),
+            linear_weight_DK=at["ridge.linear"].float(),
         ),
         luca_weight=manifest.luca_weight,
         ridge_weight=manifest.ridge_weight,
         statistics=ClassStatistics(
-            tensors["statistics.mean"], tensors["statistics.count"], tensors["statistics.scatter"]
+            mean_KD=tensors["statistics.mean"],
+            count_K=tensors["statistics.count"],
+            variance_D=tensors["statistics.variance"],
+            correlation_P=tensors["statistics.correlation"],
         ),
         calibration=CalibrationSet(
             at["calibration.cls"],
@@ -238,16 +263,17 @@ def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: L
     count = tensors.get("calibration.label")
     M = count.shape[0] if count is not None and count.dim() == 1 else 0
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        **{f"luca.{name}": (tuple(value.shape), torch.float32) for name, value in luca.state_dict().items()},
-        "head.weight": ((K, D), torch.float32),
+        **{f"luca.{name}": (tuple(value.shape), torch.float16) for name, value in luca.state_dict().items()},
+        "head.weight": ((K, D), torch.float16),
         "head.scale": ((), torch.float32),
         "input.mean": ((D,), torch.float32),
         "input.scale": ((D,), torch.float32),
-        "ridge.kernel": ((M, K), torch.float32),
-        "ridge.linear": ((D, K), torch.float32),
+        "ridge.kernel": ((M, K), torch.float16),
+        "ridge.linear": ((D, K), torch.float16),
         "statistics.mean": ((K, D), torch.float32),
         "statistics.count": ((K,), torch.int64),
-        "statistics.scatter": ((packed_size(D),), torch.float32),
+        "statistics.variance": ((D,), torch.float32),
+        "statistics.correlation": ((packed_size(D),), torch.int8),
         "calibration.cls": ((M, D), torch.float16),
         "calibration.label": ((M,), torch.int64),
         "calibration.logits": ((M, K), torch.float32),
@@ -275,5 +301,10 @@ def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: L
         raise InvalidModule(f"task {manifest.task!r}: calibration labels must lie in 0 … {K - 1}")
     if int(tensors["statistics.count"].min()) < 1 or int(tensors["statistics.count"].max()) > 2**40:
         raise InvalidModule(f"task {manifest.task!r}: class counts must lie in 1 … 2^40")
-    if float(tensors["statistics.scatter"].abs().max()) >= MAX_SCATTER:
-        raise InvalidModule(f"task {manifest.task!r}: within-class scatter must be below {MAX_SCATTER:.0e}")
+    variance_D = tensors["statistics.variance"]
+    if float(variance_D.min()) < 0.0 or float(variance_D.max()) >= MAX_SCATTER:
+        raise InvalidModule(
+            f"task {manifest.task!r}: the scatter's diagonal must lie in 0 … {MAX_SCATTER:.0e}"
+        )
+    if int(tensors["statistics.correlation"].min()) < -127:
+        raise InvalidModule(f"task {manifest.task!r}: correlations must lie in -127 … 127")

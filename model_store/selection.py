@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from model_store.errors import InvalidModule
 from model_store.statistics import PooledStatistics
 
 Selection = Literal["lda", "entropy"]
@@ -50,7 +51,10 @@ class WhitenedCosine:
 
     @classmethod
     def fit(cls, mean_KD: Tensor, pooled: PooledStatistics, shrinkage: float = SHRINKAGE) -> "WhitenedCosine":
-        """From [K, D] class means and the exact pooled statistics of the same tasks."""
+        """From [K, D] class means and the exact pooled statistics of the same tasks.
+
+        Raises InvalidModule when the pooled scatter is no covariance.
+        """
         feature_dim = mean_KD.shape[1]
         eye_DD = torch.eye(feature_dim, dtype=torch.float64)
         freedom = pooled.degrees_of_freedom
@@ -61,7 +65,11 @@ class WhitenedCosine:
         weight = (1.0 - shrinkage) / (freedom + PRIOR_IMAGES)
         sphere = weight * PRIOR_IMAGES * variance + shrinkage * variance
         covariance_DD = weight * scatter_DD + sphere * eye_DD
-        root_DD = torch.linalg.cholesky(covariance_DD)
+        root_DD, fault = torch.linalg.cholesky_ex(covariance_DD)
+        if int(fault) != 0:
+            raise InvalidModule(
+                "the within-class scatter is no covariance: pooled, it is not positive definite"
+            )
         precision_DD = torch.cholesky_inverse(root_DD)
         mean_KD = mean_KD.double()
         centre_D = mean_KD.mean(dim=0)
@@ -145,7 +153,8 @@ def _span(column_DK: Tensor) -> Tensor:
     """
     gram_KK = column_DK.T @ column_DK
     gram_KK.diagonal().add_(SPAN_RIDGE * float(gram_KK.diagonal().mean()) + 1e-30)
-    return torch.linalg.solve_triangular(torch.linalg.cholesky(gram_KK), column_DK.T, upper=False).T
+    basis_KD: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram_KK), column_DK.T, upper=False)
+    return basis_KD.T
 
 
 def task_log_probs(score_BK: Tensor, task_K: Tensor, num_tasks: int) -> Tensor:

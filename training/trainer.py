@@ -21,7 +21,7 @@ from model_store.calibration import (
 from model_store.errors import InvalidDataset
 from model_store.landmarks import Standardisation, fit_landmark_ridge
 from model_store.luca import Flow
-from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleManifest, write_module
+from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleManifest, round_weights, write_module
 from model_store.statistics import fit_class_statistics
 from training.features import LabelledFeatures
 from training.recipes import BY_NAME, Recipe, RecipeName, fit_module
@@ -117,6 +117,7 @@ def train_task(
     )
     landmark_MD = reader.unit(calibration_MD.float())
     ridge, ridge_NK = fit_landmark_ridge(reader.unit(cls_ND), label_N, num_classes, landmark_MD)
+    ridge = round_weights(luca, head, ridge)
     if len(val) > 0:
         luca_UK = head(luca(reader.luca_input(features.cls_ND[val])))
         ridge_UK = ridge.scores(reader.unit(features.cls_ND[val]))
