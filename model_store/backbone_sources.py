@@ -65,14 +65,19 @@ def from_checkpoint(architecture: str, path: Path, *, image_size: int | None = N
     if not path.is_file():
         raise InvalidBackbone(f"checkpoint {path} is not a file")
     size = (image_size, image_size) if image_size else None
-    build_model(architecture, size)  # the name and the CLS token are judged before the weights
+    native = build_model(architecture, size)  # the name and the CLS token are judged before the weights
     try:
-        model = build_model(
-            architecture,
-            size,
-            pretrained=True,
-            pretrained_cfg_overlay={"file": str(path), "custom_load": False},
-        )
+        state = load_timm().models.load_state_dict(str(path), weights_only=True)
+        for classifier in (
+            "head",
+            "fc",
+            "head_dist",
+            str(getattr(native, "pretrained_cfg", {}).get("classifier")),
+        ):
+            state = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
+        # With no classifier left on either side timm loads strictly: a missing weight is an error.
+        overlay = {"state_dict": state, "num_classes": 0, "classifier": None, "custom_load": False}
+        model = build_model(architecture, size, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # unpickling and key mismatches surface as many types
         raise InvalidBackbone(f"checkpoint {path} does not fit {architecture!r}: {error}") from error
     return _package(architecture, model, f"checkpoint {path.name}", size)

@@ -25,7 +25,7 @@ from model_store.calibration import CalibrationSet
 from model_store.errors import FingerprintMismatch, GoldenCheckFailed, InvalidModule
 from model_store.landmarks import LandmarkRidge, Standardisation
 from model_store.luca import CosineHead, Flow, LuCA
-from model_store.statistics import MAX_SCATTER, ClassStatistics, packed_size
+from model_store.statistics import MAX_SCATTER, ClassStatistics, is_covariance, packed_size
 
 FORMAT = "tosca-module"
 MAX_CLASSES = 10_000
@@ -34,15 +34,16 @@ MAX_HEADER_BYTES = 4 * 2**20
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden logit (at least 1)
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.int64: "int64",
-    torch.int8: "int8",
-    torch.bool: "bool",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
 }
 
 
-def _check_task_name(name: str) -> str:
+def check_task_name(name: str) -> str:
+    """The name itself; ValueError when no module file may carry it."""
     if not TASK_NAME.fullmatch(name):
         raise ValueError(
             "a task name is 1 to 64 ASCII letters, digits, '.', '_' or '-', beginning with a letter or digit"
@@ -50,7 +51,8 @@ def _check_task_name(name: str) -> str:
     return name
 
 
-def _check_label(label: str) -> str:
+def check_label(label: str) -> str:
+    """The label itself; ValueError when no module file may carry it."""
     if not label.strip() or len(label) > 256 or label != label.strip():
         raise ValueError(f"label {label[:40]!r} must be 1 to 256 characters without blanks around them")
     if any(unicodedata.category(character).startswith("C") for character in label):
@@ -58,8 +60,8 @@ def _check_label(label: str) -> str:
     return label
 
 
-TaskName = Annotated[str, AfterValidator(_check_task_name)]
-Label = Annotated[str, AfterValidator(_check_label)]
+TaskName = Annotated[str, AfterValidator(check_task_name)]
+Label = Annotated[str, AfterValidator(check_label)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -132,11 +134,20 @@ def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
         "calibration.held_out_logits": calibration.held_out_logits_MK,
         "calibration.in_statistics": calibration.in_statistics_M,
     }
-    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-    metadata = {"format": FORMAT, "manifest": text, "digest": "0" * 64}
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    metadata["digest"] = _content_digest(text, safetensors.torch.save(data, metadata=metadata))
-    return safetensors.torch.save(data, metadata=metadata)
+    payload = safetensors.torch.save(data)
+    metadata = {"format": FORMAT, "manifest": text, "digest": _content_digest(text, payload)}
+    return _with_metadata(payload, metadata)
+
+
+def _with_metadata(payload: bytes, metadata: dict[str, str]) -> bytes:
+    """A safetensors file with metadata in a fixed order; the library's own order changes from run to run."""
+    (header_bytes,) = struct.unpack("<Q", payload[:8])
+    entries = json.loads(payload[8 : 8 + header_bytes])
+    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), sort_keys=True)
+    header = text.encode() + b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(header)) + header + payload[8 + header_bytes :]
 
 
 def round_weights(luca: LuCA, head: CosineHead, ridge: LandmarkRidge) -> LandmarkRidge:
@@ -153,14 +164,15 @@ def round_weights(luca: LuCA, head: CosineHead, ridge: LandmarkRidge) -> Landmar
 
 def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
     """Check the bytes of a module file and build its module on `device`. Raises InvalidModule."""
-    manifest = _read_manifest(data)
+    manifest, entries = _read_header(data)
+    expected = _check_layout(manifest, entries)  # before anything is allocated
     try:
         tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise InvalidModule(f"not a whole safetensors file: {error}") from error
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise InvalidModule(f"not a whole safetensors file: {str(error)[:200]}") from error
+    _check_values(manifest, tensors, expected)
     luca = LuCA(manifest.feature_dim, manifest.bottleneck_dim, manifest.flow)
     head = CosineHead(manifest.feature_dim, len(manifest.labels))
-    _check_tensors(manifest, tensors, luca)
     luca.load_state_dict({name: tensors[f"luca.{name}"] for name in luca.state_dict()})
     head.load_state_dict({"weight_KD": tensors["head.weight"], "scale": tensors["head.scale"]})
     luca.requires_grad_(False).to(device)
@@ -211,6 +223,11 @@ def check_module(file: ModuleFile, backbone: BackboneManifest) -> None:
             f"task {manifest.task!r}: module was trained on backbone {manifest.backbone_fingerprint[:12]}…, "
             f"this store serves {backbone.fingerprint[:12]}…"
         )
+    if not is_covariance(file.module.statistics):
+        raise InvalidModule(f"task {manifest.task!r}: the within-class scatter is no covariance")
+    mean_KD = file.module.statistics.mean_KD.to(file.module.calibration.cls_MD.device)
+    if not bool(file.module.logits(mean_KD).isfinite().all()):
+        raise InvalidModule(f"task {manifest.task!r}: the module's logits on its class means are not finite")
     golden_MK = file.module.calibration.logits_MK
     if golden_MK.numel() == 0:
         return
@@ -232,7 +249,8 @@ def _content_digest(manifest_text: str, data: bytes) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest(data: bytes) -> ModuleManifest:
+def _read_header(data: bytes) -> tuple[ModuleManifest, dict[str, Any]]:
+    """The manifest, and the header's entry of every tensor, not yet judged."""
     if len(data) < 8:
         raise InvalidModule(f"not a safetensors file: {len(data)} bytes are fewer than its length field")
     (header_bytes,) = struct.unpack("<Q", data[:8])
@@ -245,25 +263,29 @@ def _read_manifest(data: bytes) -> ModuleManifest:
         header = json.loads(data[8 : 8 + header_bytes])
     except (ValueError, RecursionError) as error:
         raise InvalidModule(f"not a safetensors file: its header is no JSON ({error})") from error
-    metadata: Any = header.get("__metadata__") if isinstance(header, dict) else None
+    entries: dict[str, Any] = header if isinstance(header, dict) else {}
+    metadata = entries.pop("__metadata__", None)
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "manifest" not in metadata:
         raise InvalidModule(f"a safetensors file, but no module: its metadata lacks format {FORMAT!r}")
-    if metadata.get("digest") != _content_digest(str(metadata["manifest"]), data):
+    text = str(metadata["manifest"])
+    if not text.isascii() or metadata.get("digest") != _content_digest(text, data):
         raise InvalidModule("the file was damaged or altered: its content does not match its own digest")
     try:
-        return ModuleManifest.model_validate_json(metadata["manifest"])
+        return ModuleManifest.model_validate_json(text), entries
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "manifest"
         raise InvalidModule(f"module manifest: {where}: {first['msg']}") from error
 
 
-def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: LuCA) -> None:
+def _check_layout(manifest: ModuleManifest, entries: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Names, shapes and types of all tensors, from the header alone; returns the type of each."""
     D, K = manifest.feature_dim, len(manifest.labels)
-    count = tensors.get("calibration.label")
-    M = count.shape[0] if count is not None and count.dim() == 1 else 0
+    M = _num_calibration_vectors(manifest, entries)
+    with torch.device("meta"):
+        luca = LuCA(D, manifest.bottleneck_dim, manifest.flow).state_dict()
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        **{f"luca.{name}": (tuple(value.shape), torch.float16) for name, value in luca.state_dict().items()},
+        **{f"luca.{name}": (tuple(value.shape), torch.float16) for name, value in luca.items()},
         "head.weight": ((K, D), torch.float16),
         "head.scale": ((), torch.float32),
         "input.mean": ((D,), torch.float32),
@@ -280,24 +302,43 @@ def _check_tensors(manifest: ModuleManifest, tensors: dict[str, Tensor], luca: L
         "calibration.held_out_logits": ((M, K), torch.float32),
         "calibration.in_statistics": ((M,), torch.bool),
     }
-    for name in sorted(expected.keys() - tensors.keys()):
+    for name in sorted(expected.keys() - entries.keys()):
         raise InvalidModule(f"task {manifest.task!r}: tensor {name!r} is missing")
-    for name in sorted(tensors.keys() - expected.keys()):
+    for name in sorted(entries.keys() - expected.keys()):
         raise InvalidModule(f"task {manifest.task!r}: tensor {name[:80]!r} is not part of the format")
     for name, (shape, dtype) in expected.items():
-        value = tensors[name]
-        if tuple(value.shape) != shape or value.dtype != dtype:
+        found = (
+            (entries[name].get("shape"), entries[name].get("dtype"))
+            if isinstance(entries[name], dict)
+            else ()
+        )
+        if found != (list(shape), _DTYPES[dtype]):
+            text = " ".join(str(part)[:80] for part in found)
             raise InvalidModule(
-                f"task {manifest.task!r}: {name} is {tuple(value.shape)} "
-                f"{_DTYPES.get(value.dtype, value.dtype)}, expected {shape} {_DTYPES[dtype]}"
+                f"task {manifest.task!r}: {name} is {text}, expected {list(shape)} {_DTYPES[dtype]}"
             )
-        if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
-            raise InvalidModule(f"task {manifest.task!r}: {name} holds NaN or infinity")
+    return {name: dtype for name, (_, dtype) in expected.items()}
+
+
+def _num_calibration_vectors(manifest: ModuleManifest, entries: dict[str, Any]) -> int:
+    entry = entries.get("calibration.label")
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    M = shape[0] if isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int) else 0
     if M > MAX_CALIBRATION_VECTORS:
         raise InvalidModule(
             f"task {manifest.task!r}: {M} calibration vectors, at most {MAX_CALIBRATION_VECTORS} are allowed"
         )
-    if M and not bool(((tensors["calibration.label"] >= 0) & (tensors["calibration.label"] < K)).all()):
+    return M
+
+
+def _check_values(
+    manifest: ModuleManifest, tensors: dict[str, Tensor], dtypes: dict[str, torch.dtype]
+) -> None:
+    for name, dtype in dtypes.items():
+        if dtype.is_floating_point and not bool(torch.isfinite(tensors[name]).all()):
+            raise InvalidModule(f"task {manifest.task!r}: {name} holds NaN or infinity")
+    label_M, K = tensors["calibration.label"], len(manifest.labels)
+    if not bool(((label_M >= 0) & (label_M < K)).all()):
         raise InvalidModule(f"task {manifest.task!r}: calibration labels must lie in 0 … {K - 1}")
     if int(tensors["statistics.count"].min()) < 1 or int(tensors["statistics.count"].max()) > 2**40:
         raise InvalidModule(f"task {manifest.task!r}: class counts must lie in 1 … 2^40")

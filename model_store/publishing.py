@@ -10,7 +10,7 @@ import torch
 
 from model_store.backbone import BackboneManifest
 from model_store.bank import ModuleBank
-from model_store.errors import Conflict, HarmsOtherTasks
+from model_store.errors import Conflict, CorruptStore, HarmsOtherTasks
 from model_store.impact import ImpactReport, TaskHealth, compare_banks
 from model_store.module_file import ModuleFile, check_module, read_module
 from model_store.store import ModelStore, Revision, with_task, without_task
@@ -182,6 +182,11 @@ class Publisher:
             task: known[sha256] if sha256 in known else self.admit(self.store.module(sha256))
             for task, sha256 in tasks.items()
         }
+        for task, file in files.items():
+            if file.manifest.task != task:
+                raise CorruptStore(
+                    f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
+                )
         bank = ModuleBank.build(
             (file.module for file in files.values()),
             revision=number,

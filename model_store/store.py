@@ -284,11 +284,9 @@ def _open(url: str) -> ObjectStore:
 
 @contextlib.contextmanager
 def _translated(url: str) -> Iterator[None]:
-    """Let FileNotFoundError and AlreadyExistsError pass, name everything else StoreUnavailable."""
+    """Name every fault of the storage StoreUnavailable; a missing bucket is one, too."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (BaseError, OSError) as error:
         raise StoreUnavailable(f"store {url} does not answer: {str(error).splitlines()[0]}") from error
 

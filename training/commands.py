@@ -25,12 +25,13 @@ from model_store.luca import FLOWS
 from model_store.publishing import Publisher
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from training.continual import commands as continual_commands
 from training.demo import write_demo_pictures
 from training.evaluation import evaluate_bank
 from training.features import FeatureCache, LabelledFeatures, extract_features
 from training.recipes import RECIPES
 from training.sources import PictureSource, open_source
-from training.trainer import TrainedTask, train_task
+from training.trainer import TrainedTask, check_names, train_task
 
 CacheOption = Annotated[
     Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
@@ -47,6 +48,7 @@ def register(app: typer.Typer) -> None:
     app.command()(train)
     app.command()(evaluate)
     app.command()(demo)
+    continual_commands.register(app)
 
 
 def train(
@@ -81,6 +83,7 @@ def train(
     chosen_recipe = _choice(recipe, RECIPES, "recipe")
     chosen_flow = _choice(flow, FLOWS, "flow")
     source = open_source(data, min_images_per_class=min_images)
+    check_names(task, source.labels)
     opened = ModelStore(store)
     backbone = _load_backbone(opened, device, precision)
     features = _features(source, backbone, cache, max_corrupt)
@@ -104,11 +107,17 @@ def train(
     out.print(
         f"[bold]{task}[/bold]: {len(features.labels)} classes, {len(features.label_N)} pictures "
         f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
-        f"held-out accuracy {trained.held_out.accuracy:.4f}, ECE {trained.held_out.ece:.4f} "
-        f"({trained.held_out.evidence})\n"
+        f"held-out {_figures(trained)} ({trained.held_out.evidence})\n"
         f"report {result['report']}\n"
         + (f"wrote {output}" if output else f"published as revision {result['revision']}"),
         highlight=False,
+    )
+
+
+def _figures(trained: TrainedTask) -> str:
+    return (
+        ", ".join(f"{name} {value:.4g}" for name, value in trained.manifest.metrics.items())
+        or "figures: none"
     )
 
 

@@ -44,8 +44,8 @@ def _markdown(trained: TrainedTask, confusion_KK: Tensor, picture: str) -> str:
 | | |
 |---|---|
 | held-out evidence | {held_out.evidence} ({len(held_out.label_N)} pictures) |
-| accuracy | {held_out.accuracy:.4f} |
-| ECE (15 bins) | {held_out.ece:.4f} |
+| accuracy | {_figure(manifest.metrics.get("accuracy"))} |
+| ECE (15 bins) | {_figure(manifest.metrics.get("ece"))} |
 | classes | {len(manifest.labels)} |
 | module file | {len(trained.data):,} bytes |
 | backbone | {manifest.backbone_fingerprint} |
@@ -70,16 +70,21 @@ The figures are those of the module with this task given, before any other task 
 """
 
 
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def _plot_confusion(confusion_KK: Tensor, labels: tuple[str, ...], title: str, path: Path) -> None:
     size = max(4.0, min(16.0, 0.35 * len(labels) + 2.5))
     figure = Figure(figsize=(size, size), layout="constrained")
     axes = figure.subplots()
     share_KK = confusion_KK.double() / confusion_KK.sum(dim=1, keepdim=True).clamp_min(1)
     axes.imshow(share_KK.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
-    axes.set(title=title, xlabel="predicted", ylabel="true")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(title, parse_math=False)
     if len(labels) <= 40:
-        axes.set_xticks(range(len(labels)), labels, rotation=90)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), labels, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
         for i, row in enumerate(confusion_KK.tolist()):
             for j, count in enumerate(row):
                 if count:

@@ -1,7 +1,7 @@
 """From cached features to one module file: fit, calibrate on unseen vectors, measure, write."""
 # N training pictures, U unseen pictures, M calibration vectors, K classes, D features
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
@@ -21,7 +21,14 @@ from model_store.calibration import (
 from model_store.errors import InvalidDataset
 from model_store.landmarks import Standardisation, fit_landmark_ridge
 from model_store.luca import Flow
-from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleManifest, round_weights, write_module
+from model_store.module_file import (
+    MAX_CALIBRATION_VECTORS,
+    ModuleManifest,
+    check_label,
+    check_task_name,
+    round_weights,
+    write_module,
+)
 from model_store.statistics import fit_class_statistics
 from training.features import LabelledFeatures
 from training.recipes import BY_NAME, Recipe, RecipeName, fit_module
@@ -55,6 +62,13 @@ class HeldOutResult:
     @property
     def ece(self) -> float:
         return expected_calibration_error(self.prob_NK.max(dim=1).values, self.predictions == self.label_N)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What goes into the module file; nothing where no picture could be left out."""
+        if len(self.label_N) == 0:
+            return {}
+        return {"accuracy": self.accuracy, "ece": self.ece, "num_held_out": float(len(self.label_N))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +109,7 @@ def train_task(
     reported rests on predictions for pictures they had not seen: the `val` split where there is one,
     else leave-one-out for the ridge and cross-fitting for LuCA.
     """
+    check_names(task, features.labels)
     chosen = BY_NAME[recipe]
     num_classes = len(features.labels)
     train, val, test = (features.rows(split) for split in ("train", "val", "test"))
@@ -169,11 +184,7 @@ def train_task(
         luca_weight=luca_weight,
         ridge_weight=ridge_weight,
         training={**asdict(chosen), "seed": seed, "num_images": len(train)},
-        metrics={
-            "accuracy": held_out.accuracy,
-            "ece": held_out.ece,
-            "num_held_out": float(len(held_out.label_N)),
-        },
+        metrics=held_out.metrics,
         provenance={
             "data": features.name,
             "data_sha256": features.data_sha256,
@@ -182,6 +193,15 @@ def train_task(
         },
     )
     return TrainedTask(manifest, write_module(manifest, module), held_out, features.skipped)
+
+
+def check_names(task: str, labels: Sequence[str]) -> None:
+    """Raise InvalidDataset unless a module file may carry these names."""
+    for check, name in [(check_task_name, task), *((check_label, label) for label in labels)]:
+        try:
+            check(name)
+        except ValueError as error:
+            raise InvalidDataset(f"task {task!r}: {error}") from error
 
 
 def weigh_experts(

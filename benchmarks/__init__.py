@@ -1,0 +1,1 @@
+"""Benchmarks: one module a question, JSON under benchmarks/results/. `python -m benchmarks` runs all."""

@@ -1,0 +1,15 @@
+"""Run every benchmark, or those named: `python -m benchmarks registration`."""
+
+import importlib
+import sys
+
+ALL = ("registration",)
+
+
+def main() -> None:
+    for name in sys.argv[1:] or ALL:
+        importlib.import_module(f"benchmarks.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""`tosca bench continual` and `tosca bench paper`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_store.backbone import Backbone
+from model_store.console import (
+    DEFAULT_STORE,
+    DeviceOption,
+    PrecisionOption,
+    StoreOption,
+    err,
+    out,
+    print_table,
+)
+from model_store.store import ModelStore
+from training.continual.protocol import ARCHITECTURE, DATASETS, SEEDS, paper_stream
+from training.continual.random_ridge import PUBLISHED_WIDTH
+from training.continual.registry import METHODS, check_methods
+from training.continual.results import BenchmarkResults, RunResult, Steps, open_results
+from training.continual.runner import Plan, run_benchmark
+from training.continual.sources import open_stream
+from training.continual.streams import Order, Stream, read_stream
+from training.features import FeatureCache, LabelledFeatures, extract_features
+from training.sources import PictureSource
+
+_ALL_METHODS = ",".join(METHODS)
+_PAPER_SEEDS = ",".join(str(seed) for seed in SEEDS)
+_COLUMNS = (  # title, figure, factor and decimals to show it with
+    ("last %", "last_accuracy", 100.0, 1),
+    ("average %", "average_accuracy", 100.0, 1),
+    ("right task %", "selection_accuracy", 100.0, 1),
+    ("task given %", "accuracy_given_task", 100.0, 1),
+    ("forgetting %", "forgetting", 100.0, 1),
+    ("ECE", "ece", 1.0, 3),
+    ("worst ECE", "worst_task_ece", 1.0, 3),
+    ("MB a task", "bytes_per_task", 1e-6, 2),
+    ("s a task", "learn_s_per_task", 1.0, 2),
+)
+
+MethodsOption = Annotated[
+    str, typer.Option("--methods", help=f"Names with commas between, of: {', '.join(METHODS)}.")
+]
+SeedsOption = Annotated[str, typer.Option("--seeds", help="Numbers with commas between.")]
+StepsOption = Annotated[str, typer.Option("--steps", help="Measure after `all` tasks or the `last` alone.")]
+ResultsOption = Annotated[Path | None, typer.Option("--json", help="Results file; an existing one resumes.")]
+PlotsOption = Annotated[Path | None, typer.Option("--plots", help="Folder for the pictures.")]
+AgainOption = Annotated[str, typer.Option("--again", help="Methods to run anew although the file has them.")]
+WidthOption = Annotated[
+    int, typer.Option("--ranpac-width", min=1, max=PUBLISHED_WIDTH, help="Random features of ranpac.")
+]
+CacheOption = Annotated[
+    Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
+]
+
+bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `tosca bench …`."""
+    app.add_typer(bench)
+
+
+@bench.command()
+def continual(
+    stream: Annotated[Path, typer.Option(help="Stream file, as in benchmarks/streams.")],
+    data: Annotated[Path, typer.Option(help="Folder that the stream's folders are relative to.")] = Path(),
+    methods: MethodsOption = _ALL_METHODS,
+    seeds: SeedsOption = "0,1,2",
+    steps: StepsOption = "all",
+    json: ResultsOption = None,
+    plots: PlotsOption = None,
+    again: AgainOption = "",
+    ranpac_width: WidthOption = PUBLISHED_WIDTH,
+    cache: CacheOption = Path(".tosca/cache"),
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Learn a stream of tasks with several methods and compare them.
+
+    Example: tosca bench continual --stream benchmarks/streams/mixed.toml --data pictures --json out.json
+    """
+    backbone = _load_backbone(store, device, precision)
+    results = _run(
+        read_stream(stream), data, backbone, cache, methods, seeds, steps, json, again, ranpac_width
+    )
+    _show(results, plots)
+
+
+@bench.command()
+def paper(
+    dataset: Annotated[str, typer.Option(help=f"One of: {', '.join(DATASETS)}.")],
+    data: Annotated[Path, typer.Option(help="Folder with train/CLASS and test/CLASS.")],
+    methods: MethodsOption = _ALL_METHODS,
+    seeds: SeedsOption = _PAPER_SEEDS,
+    increment: Annotated[int | None, typer.Option(min=2, help="Classes a task, if not as published.")] = None,
+    order: Annotated[
+        str, typer.Option(help="`shuffled` by the seed, or `fixed`: sorted by name.")
+    ] = "shuffled",
+    steps: StepsOption = "all",
+    json: ResultsOption = None,
+    plots: PlotsOption = None,
+    again: AgainOption = "",
+    ranpac_width: WidthOption = PUBLISHED_WIDTH,
+    cache: CacheOption = Path(".tosca/cache"),
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Run the published class-incremental protocol on a data set you have (docs/continual.md).
+
+    Example: tosca bench paper --dataset cifar100 --data cifar100 --store in21k --json cifar100.json
+    """
+    known = ", ".join(DATASETS)
+    if dataset not in DATASETS:
+        raise typer.BadParameter(f"{dataset!r}: expected one of {known}", param_hint="--dataset")
+    chosen: Order = "fixed" if order == "fixed" else "shuffled"
+    if order != chosen:
+        raise typer.BadParameter(f"{order!r}: expected shuffled or fixed", param_hint="--order")
+    backbone = _load_backbone(store, device, precision)
+    if backbone.manifest.architecture != ARCHITECTURE:
+        err.print(
+            f"[yellow]the published figures are for {ARCHITECTURE}, this store has "
+            f"{backbone.manifest.architecture}[/yellow]"
+        )
+    stream = paper_stream(dataset, increment, chosen)
+    results = _run(stream, data, backbone, cache, methods, seeds, steps, json, again, ranpac_width)
+    _show(results, plots)
+
+
+def _run(
+    stream: Stream,
+    data: Path,
+    backbone: Backbone,
+    cache: Path,
+    methods: str,
+    seeds: str,
+    steps: str,
+    json: Path | None,
+    again: str,
+    ranpac_width: int,
+) -> BenchmarkResults:
+    chosen = check_methods(_split(methods))
+    chosen_steps: Steps = "last" if steps == "last" else "all"
+    if steps != chosen_steps:
+        raise typer.BadParameter(f"{steps!r}: expected all or last", param_hint="--steps")
+    features = [_features(source, backbone, cache) for source in open_stream(stream, data)]
+    config = {
+        "stream": stream.model_dump(mode="json"),
+        "steps": chosen_steps,
+        "backbone": backbone.fingerprint,
+        "architecture": backbone.manifest.architecture,
+        "precision": backbone.precision,
+        "ranpac_width": ranpac_width,
+        "data_sha256": {one.name: one.data_sha256 for one in features},
+    }
+    results = open_results(json, config).without(_split(again))
+
+    def done(method: str, seed: int, run: RunResult) -> None:
+        seconds = sum(run.learn_s_by_task) + run.settle_s + run.answer_s
+        line = f"{method}, seed {seed}: last accuracy {run.last_accuracy:.4f}, {seconds:.1f} s"
+        err.print(line, highlight=False)
+
+    plan = Plan(stream, features, backbone.manifest, chosen, _seeds(seeds), chosen_steps, ranpac_width, done)
+    return run_benchmark(plan, results, json)
+
+
+def _load_backbone(store: str, device: str, precision: str) -> Backbone:
+    opened = ModelStore(store)
+    return Backbone.load(opened.backbone(opened.require_head().backbone_fingerprint), device, precision)
+
+
+def _features(source: PictureSource, backbone: Backbone, cache: Path) -> LabelledFeatures:
+    opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    threads = os.cpu_count() or 1
+    return extract_features(source, backbone, opened, num_threads=threads, show_progress=err.is_terminal)
+
+
+def _show(results: BenchmarkResults, plots: Path | None) -> None:
+    """Means over the seeds, with the deviation of the last accuracy."""
+    columns = [one for one in _COLUMNS if any(one[1] in summary for summary in results.summary.values())]
+    rows = []
+    for method, summary in results.summary.items():
+        cells = [
+            f"{summary[name].mean * factor:.{digits}f}" if name in summary else "–"
+            for _, name, factor, digits in columns
+        ]
+        spread = 100.0 * summary["last_accuracy"].deviation
+        rows.append([method, cells[0], f"{spread:.1f}", *cells[1:]])
+    titles = [one[0] for one in columns]
+    print_table(["method", titles[0], "±", *titles[1:]], rows)
+    if plots is not None:
+        from training.continual.plots import write_plots  # matplotlib takes a second to import
+
+        for path in write_plots(results, plots):
+            out.print(f"wrote {path}", highlight=False)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        seeds = tuple(dict.fromkeys(int(part) for part in _split(text)))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: expected whole numbers", param_hint="--seeds") from error
+    if not seeds or min(seeds) < 0:
+        raise typer.BadParameter(f"{text!r}: expected numbers from 0 on", param_hint="--seeds")
+    return seeds
