@@ -8,7 +8,7 @@ no registration can change an answer half-way. The answer to an image is
 and since the second factor is at most 1, a task whose P(task | x) is below the best joint probability
 found so far cannot win: modules are evaluated in that order until none can, which is exact.
 """
-# B batch, N vectors, K classes (of one task or of all), C classes of the widest task, T tasks, D features,
+# B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
 from collections.abc import Iterable, Sequence
@@ -19,81 +19,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model_store.calibration import CalibrationSet, minimise_over_log_scale, negative_log_likelihood
+from model_store.blend import Blend, Evidence, fit_blend
 from model_store.errors import InvalidRequest, UnknownTask
-from model_store.landmarks import LandmarkRidge, Standardisation
-from model_store.luca import CosineHead, LuCA
 from model_store.selection import Selection, WhitenedCosine, entropy, task_log_probs
-from model_store.statistics import ClassStatistics, PooledStatistics
+from model_store.statistics import PooledStatistics
+from model_store.task_module import TaskModule
 
 # Alternatives less likely than this are not listed, so that a long list never forces every module to run.
 MIN_ALTERNATIVE_PROBABILITY = 1e-3
-# The blend is fitted on at most this many calibration vectors of all tasks together, and needs so many.
+# The blend is fitted on at most this many calibration vectors of all tasks together.
 MAX_BLEND_VECTORS = 4096
-MIN_BLEND_VECTORS = 50
-SHARPNESS_RANGE = (1.0, 300.0)
-_WEIGHTS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0, 1.2)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskModule:
-    """One task version, as its module file holds it. Treat every tensor as read-only.
-
-    Two experts score the task's classes: LuCA with its cosine head, and a closed-form ridge on landmarks.
-    The trainer weighs them by how well they did on vectors they had not seen; a weight may be 0.
-    """
-
-    task: str
-    labels: tuple[str, ...]
-    sha256: str
-    standardisation: Standardisation | None  # None: LuCA reads the CLS vector as it is
-    luca: LuCA
-    head: CosineHead
-    ridge: LandmarkRidge
-    luca_weight: float
-    ridge_weight: float
-    statistics: ClassStatistics
-    calibration: CalibrationSet
-
-    @torch.inference_mode()
-    def luca_output(self, cls_BD: Tensor) -> Tensor:
-        """[B, D] recalibrated features; LuCA reads unit vectors times √D when inputs are standardised."""
-        if self.standardisation is not None:
-            cls_BD = self.standardisation(cls_BD) * cls_BD.shape[1] ** 0.5
-        out_BD: Tensor = self.luca(cls_BD)
-        return out_BD
-
-    @torch.inference_mode()
-    def logits(self, cls_BD: Tensor) -> Tensor:
-        """[B, K] float32 logits of [B, D] CLS vectors, on the scale of log-probabilities."""
-        logits_BK = cls_BD.new_zeros(cls_BD.shape[0], len(self.labels))
-        if self.luca_weight > 0.0:
-            logits_BK = logits_BK + self.luca_weight * self.head(self.luca_output(cls_BD))
-        if self.ridge_weight > 0.0:
-            assert self.standardisation is not None, "the ridge reads standardised vectors"
-            logits_BK = logits_BK + self.ridge_weight * self.ridge.scores(self.standardisation(cls_BD))
-        return logits_BK
-
-
-@dataclass(frozen=True, slots=True)
-class Blend:
-    """How a bank combines its two sources, fitted on the calibration sets of its tasks:
-
-    P(task | x)        ∝ Σ over its classes of exp(sharpness · score)
-    P(class | task, x) ∝ exp(module_weight · logit + score_weight · sharpness · score)
-    """
-
-    sharpness: float = 15.0
-    module_weight: float = 0.5
-    score_weight: float = 0.5
-
-    def class_log_probs(self, logits_BK: Tensor, score_BK: Tensor, absent_BK: Tensor | None = None) -> Tensor:
-        """[B, K] float64 log P(class | task, x) over one task's classes; `absent_BK` marks padding."""
-        closed_form_BK = self.score_weight * self.sharpness * score_BK
-        sum_BK = self.module_weight * logits_BK.double() + closed_form_BK
-        if absent_BK is not None:
-            sum_BK = sum_BK.masked_fill(absent_BK, -torch.inf)
-        return torch.log_softmax(sum_BK, dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +117,7 @@ class ModuleBank:
             first_class=first_class,
             _index={module.task: i for i, module in enumerate(ordered)},
         )
-        return replace(bank, blend=bank._fit_blend())
+        return replace(bank, blend=fit_blend(bank._sampled_evidence())) if ordered else bank
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -367,55 +302,22 @@ class ModuleBank:
             )
         return score_NK
 
-    def _fit_blend(self) -> Blend:
-        """The blend that makes the joint probabilities of known pictures most truthful.
+    def _sampled_evidence(self) -> list[Evidence]:
+        """Calibration vectors of all tasks as if unseen, at most MAX_BLEND_VECTORS together."""
+        step = -(-len(self.modules) // MAX_BLEND_VECTORS) or 1
+        return [self._evidence(t) for t in range(0, len(self.modules), step)]
 
-        log P(task, class) is the sum of both logarithms, so they are fitted apart: the sharpness on the
-        scores over all classes, the two weights within the tasks.
-        """
-        parts = [self._unseen_evidence(t) for t in self._sampled_tasks()]
-        if sum(len(label_N) for label_N, *_ in parts) < MIN_BLEND_VECTORS:
-            return Blend()
-        label_N, score_NK, logits_NC, absent_NC = (torch.cat(one) for one in zip(*parts, strict=True))
-
-        def selection_loss(sharpness: float) -> float:
-            return negative_log_likelihood(torch.log_softmax(sharpness * score_NK, dim=1), label_N)
-
-        sharpness = minimise_over_log_scale(selection_loss, *SHARPNESS_RANGE)
-        first_N = self._first_class_of(label_N)
-        column_NC = first_N[:, None] + torch.arange(logits_NC.shape[1], device=self.device)
-        own_NC = score_NK.gather(1, column_NC.clamp_max(score_NK.shape[1] - 1))
-        candidates = [
-            Blend(sharpness, module_weight, score_weight)
-            for module_weight in _WEIGHTS
-            for score_weight in _WEIGHTS
-            if module_weight > 0.0 or score_weight > 0.0
-        ]
-
-        def class_loss(blend: Blend) -> float:
-            log_prob_NC = blend.class_log_probs(logits_NC, own_NC, absent_NC)
-            return negative_log_likelihood(log_prob_NC, label_N - first_N)
-
-        return min(candidates, key=class_loss)
-
-    def _sampled_tasks(self) -> range:
-        return range(0, len(self.modules), max(1, len(self.modules) // MAX_BLEND_VECTORS))
-
-    def _first_class_of(self, label_N: Tensor) -> Tensor:
-        return torch.tensor(self.first_class, device=self.device)[self.task_of_class_K[label_N]]
-
-    def _unseen_evidence(self, t: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of unseen vectors: class over all tasks [N], scores [N, K], own logits and padding mask [N, C]."""
+    def _evidence(self, t: int) -> Evidence:
         calibration = self.modules[t].calibration
         quota = max(1, MAX_BLEND_VECTORS // len(self.modules))
         size = len(calibration)
         rows = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long().to(self.device)
-        widest = max(len(module.labels) for module in self.modules)
-        logits_NC = calibration.held_out_logits_MK[rows].double()
-        absent_NC = torch.arange(widest, device=self.device).expand(len(rows), -1) >= logits_NC.shape[1]
-        logits_NC = F.pad(logits_NC, (0, widest - logits_NC.shape[1]))
-        label_N = calibration.label_M[rows] + self.first_class[t]
-        return label_N, self._unseen_scores(t, rows), logits_NC, absent_NC
+        return Evidence(
+            label_N=calibration.label_M[rows],
+            score_NK=self._unseen_scores(t, rows),
+            logits_NC=calibration.held_out_logits_MK[rows],
+            first_class=self.first_class[t],
+        )
 
 
 def _bar(entries: list[tuple[float, int, int]], top_k: int) -> float:

@@ -11,6 +11,8 @@ from model_store.publishing import Publisher
 from model_store.selection import Selection
 from model_store.store import ModelStore
 
+BATCH_SIZE = 16
+
 
 class OfflinePredictor:
     """The newest revision of a store (or the one asked for) on one device."""
@@ -38,7 +40,10 @@ class OfflinePredictor:
         top_k: int = 5,
     ) -> list[Answer]:
         """Answer encoded pictures. Raises InvalidImage and UnknownTask."""
-        pixels = [load_pixels(data, self.backbone.preprocessing, self.limits) for data in pictures]
-        return self.bank.answer(
-            self.backbone.embed(torch.stack(pixels)), selection=selection, task=task, top_k=top_k
-        )
+        answers: list[Answer] = []
+        for start in range(0, len(pictures), BATCH_SIZE):
+            batch = pictures[start : start + BATCH_SIZE]
+            pixels = [load_pixels(data, self.backbone.preprocessing, self.limits) for data in batch]
+            cls_BD = self.backbone.embed(torch.stack(pixels))
+            answers += self.bank.answer(cls_BD, selection=selection, task=task, top_k=top_k)
+        return answers

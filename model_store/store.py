@@ -33,7 +33,7 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
-from model_store.module_file import Sha256, TaskName
+from model_store.manifest import Sha256, TaskName
 
 Reason = Annotated[str, Field(max_length=1000)]
 _DIGITS = 12

@@ -1,18 +1,22 @@
 """Task modules with random content, without training: banks and files to put under a property."""
 # K classes, D features, M calibration vectors, N training vectors
 
+import dataclasses
 import hashlib
 
 import torch
 from torch import Tensor
 
 from model_store.backbone import BackboneManifest
-from model_store.bank import ModuleBank, TaskModule
+from model_store.bank import ModuleBank
 from model_store.calibration import CalibrationSet
+from model_store.landmarks import LandmarkRidge, Standardisation
 from model_store.luca import CosineHead, Flow, LuCA
-from model_store.module_file import ModuleManifest, write_module
+from model_store.manifest import ModuleManifest
+from model_store.module_file import round_weights, write_module
 from model_store.preprocess import Preprocessing
 from model_store.statistics import fit_class_statistics
+from model_store.task_module import TaskModule
 
 FEATURE_DIM = 16
 
@@ -27,11 +31,12 @@ def random_module(
     feature_dim: int = FEATURE_DIM,
     spread: float = 1.0,
     luca_weight: float = 1.0,
-    closed_form_weight: float = 0.0,
+    ridge_weight: float = 1.0,
+    standardised: bool = True,
     inside: bool = True,
     flow: Flow = "tosca",
 ) -> TaskModule:
-    """A task of Gaussian clusters with a random module; `spread` widens the clusters until they overlap."""
+    """A task of Gaussian clusters with random experts; `spread` widens the clusters until they overlap."""
     generator = torch.Generator().manual_seed(seed)
     mean_KD = torch.randn(num_classes, feature_dim, generator=generator)
     label_N = torch.arange(num_classes).repeat_interleave(per_class)
@@ -42,27 +47,55 @@ def random_module(
     head = CosineHead(feature_dim, num_classes, scale=8.0)
     with torch.no_grad():
         head.weight_KD.normal_(generator=generator)
+    rows = torch.randperm(len(label_N), generator=generator)[:num_calibration]
     luca.requires_grad_(False)
     head.requires_grad_(False)
-    rows = torch.randperm(len(label_N), generator=generator)[:num_calibration]
-    logits_MK = head(luca(cls_ND[rows]))
-    return TaskModule(
+    standardisation = Standardisation.fit(cls_ND)
+    ridge = LandmarkRidge(
+        landmark_MD=standardisation(cls_ND[rows]),
+        kernel_weight_MK=torch.randn(len(rows), num_classes, generator=generator),
+        linear_weight_DK=torch.randn(feature_dim, num_classes, generator=generator),
+    )
+    module = TaskModule(
         task=task,
         labels=tuple(f"{task}-{k}" for k in range(num_classes)),
         sha256=hashlib.sha256(f"{task} {seed} {num_classes} {spread}".encode()).hexdigest(),
+        standardisation=standardisation if standardised else None,
         luca=luca,
         head=head,
+        ridge=round_weights(luca, head, ridge),
         luca_weight=luca_weight,
-        closed_form_weight=closed_form_weight,
+        ridge_weight=ridge_weight if standardised else 0.0,
         statistics=fit_class_statistics(cls_ND, label_N, num_classes),
         calibration=CalibrationSet(
             cls_MD=cls_ND[rows].half(),
             label_M=label_N[rows],
-            logits_MK=logits_MK,
-            held_out_logits_MK=logits_MK.clone(),
+            logits_MK=torch.empty(0),
+            held_out_logits_MK=torch.empty(0),
             in_statistics_M=torch.full((len(rows),), inside),
         ),
     )
+    logits_MK = module.logits(cls_ND[rows]).clone()
+    return with_calibration(module, logits_MK=logits_MK, held_out_logits_MK=logits_MK.clone())
+
+
+def with_calibration(module: TaskModule, **tensors: Tensor) -> TaskModule:
+    """The module with some tensors of its calibration set replaced."""
+    return dataclasses.replace(module, calibration=dataclasses.replace(module.calibration, **tensors))
+
+
+def without_calibration(module: TaskModule) -> TaskModule:
+    """The module without calibration vectors, and so without landmarks."""
+    empty = {
+        field.name: getattr(module.calibration, field.name)[:0]
+        for field in dataclasses.fields(CalibrationSet)
+    }
+    ridge = dataclasses.replace(
+        module.ridge,
+        landmark_MD=module.ridge.landmark_MD[:0],
+        kernel_weight_MK=module.ridge.kernel_weight_MK[:0],
+    )
+    return dataclasses.replace(with_calibration(module, **empty), ridge=ridge)
 
 
 def build_bank(
@@ -109,13 +142,8 @@ def module_bytes(module: TaskModule, backbone: BackboneManifest | None = None, *
         "feature_dim": module.luca.feature_dim,
         "bottleneck_dim": module.luca.bottleneck_dim,
         "flow": module.luca.flow,
+        "standardised": module.standardisation is not None,
         "luca_weight": module.luca_weight,
-        "closed_form_weight": module.closed_form_weight,
+        "ridge_weight": module.ridge_weight,
     }
-    return write_module(
-        ModuleManifest.model_validate(manifest | fields),
-        module.luca,
-        module.head,
-        module.statistics,
-        module.calibration,
-    )
+    return write_module(ModuleManifest.model_validate(manifest | fields), module)

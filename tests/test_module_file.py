@@ -9,22 +9,38 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from random_modules import FEATURE_DIM, backbone_manifest, build_bank, module_bytes, random_cls, random_module
+from random_modules import (
+    FEATURE_DIM,
+    backbone_manifest,
+    build_bank,
+    module_bytes,
+    random_cls,
+    random_module,
+    with_calibration,
+)
 
-from model_store.bank import TaskModule
 from model_store.errors import FingerprintMismatch, GoldenCheckFailed, InvalidModule
 from model_store.luca import FLOWS, Flow
-from model_store.module_file import GOLDEN_TOLERANCE, ModuleManifest, check_module, read_module
+from model_store.module_file import (
+    GOLDEN_TOLERANCE,
+    ModuleManifest,
+    check_module,
+    read_module,
+    round_weights,
+)
+from model_store.task_module import TaskModule
 
 
 def assert_same_module(one: TaskModule, other: TaskModule) -> None:
     assert (one.task, one.labels) == (other.task, other.labels)
-    assert (one.luca_weight, one.closed_form_weight) == (other.luca_weight, other.closed_form_weight)
+    assert (one.luca_weight, one.ridge_weight) == (other.luca_weight, other.ridge_weight)
+    assert (one.standardisation is None) == (other.standardisation is None)
     for ours, theirs in ((one.luca, other.luca), (one.head, other.head)):
         mine, read = ours.state_dict(), theirs.state_dict()
         assert mine.keys() == read.keys()
         assert all(torch.equal(mine[name], read[name]) for name in mine)
-    for name in ("statistics", "calibration"):
+    parts = ["statistics", "calibration"] + ["standardisation", "ridge"] * (one.standardisation is not None)
+    for name in parts:
         ours, theirs = getattr(one, name), getattr(other, name)
         for field in dataclasses.fields(ours):
             written, read_back = getattr(ours, field.name), getattr(theirs, field.name)
@@ -33,8 +49,11 @@ def assert_same_module(one: TaskModule, other: TaskModule) -> None:
 
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("num_calibration", [0, 1, 6])
-def test_reading_restores_what_was_written(flow: Flow, num_calibration: int) -> None:
-    module = random_module("birds", flow=flow, num_calibration=num_calibration, luca_weight=0.3)
+@pytest.mark.parametrize("standardised", [True, False])
+def test_reading_restores_what_was_written(flow: Flow, num_calibration: int, standardised: bool) -> None:
+    module = random_module(
+        "birds", flow=flow, num_calibration=num_calibration, luca_weight=0.3, standardised=standardised
+    )
     data = module_bytes(module)
     file = read_module(data)
     assert_same_module(file.module, module)
@@ -127,10 +146,17 @@ def test_one_perturbed_weight_fails_the_golden_check(weight: str) -> None:
         check_module(read_module(module_bytes(module)), backbone_manifest())
 
 
-def test_a_perturbed_head_fails_the_golden_check() -> None:
+@pytest.mark.parametrize("part", ["head", "ridge", "input"])
+def test_a_perturbed_expert_fails_the_golden_check(part: str) -> None:
     module = random_module("birds")
+    assert module.standardisation is not None
     with torch.no_grad():
-        module.head.scale *= 1.01
+        if part == "head":
+            module.head.scale *= 1.05
+        elif part == "ridge":
+            module.ridge.kernel_weight_MK[0] += 0.5
+        else:
+            module.standardisation.mean_D[0] += 0.5
     with pytest.raises(GoldenCheckFailed):
         check_module(read_module(module_bytes(module)), backbone_manifest())
 
@@ -139,10 +165,15 @@ def test_rounding_of_another_machine_passes_the_golden_check() -> None:
     module = random_module("birds")
     logits_MK = module.calibration.logits_MK
     shifted = logits_MK + 0.5 * GOLDEN_TOLERANCE * max(1.0, float(logits_MK.abs().max()))
-    calibration = dataclasses.replace(module.calibration, logits_MK=shifted)
-    check_module(
-        read_module(module_bytes(dataclasses.replace(module, calibration=calibration))), backbone_manifest()
-    )
+    file = read_module(module_bytes(with_calibration(module, logits_MK=shifted)))
+    check_module(file, backbone_manifest())
+
+
+def test_rounded_weights_are_written_without_loss() -> None:
+    module = random_module("birds")
+    rounded = round_weights(module.luca, module.head, module.ridge)
+    for name in ("kernel_weight_MK", "linear_weight_DK"):
+        assert torch.equal(getattr(rounded, name), getattr(module.ridge, name))
 
 
 def test_a_refused_module_is_an_invalid_module() -> None:

@@ -1,4 +1,4 @@
-"""Selection scores against Gaussian discriminants written out with explicit inverses."""
+"""Selection scores against discriminants written out with explicit inverses and projections."""
 # N vectors, K classes, T tasks, D features
 
 import math
@@ -10,10 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model_store.selection import GaussianDiscriminant, entropy, task_log_probs
-from model_store.statistics import ClassStatistics, PooledStatistics, fit_class_statistics
+from model_store.errors import InvalidModule
+from model_store.selection import (
+    OUTSIDE_SHARE,
+    PRIOR_IMAGES,
+    WhitenedCosine,
+    entropy,
+    task_log_probs,
+)
+from model_store.statistics import SCATTER_RESOLUTION, PooledStatistics
 
-D, K = 5, 4
+D, K = 7, 4
 Array = NDArray[np.float64]
 
 
@@ -29,150 +36,204 @@ def clusters(
     return mean_KD[label_N] + noise_ND, label_N
 
 
-def fit(
-    cls_ND: torch.Tensor, label_N: torch.Tensor, shrinkage: float = 0.2, amplitude_variance: float = 0.3
-) -> tuple[GaussianDiscriminant, ClassStatistics]:
-    statistics = fit_class_statistics(cls_ND, label_N, int(label_N.max()) + 1)
-    pooled = PooledStatistics.empty(cls_ND.shape[1]).add([statistics])
-    return GaussianDiscriminant.fit(statistics.mean_KD, pooled, shrinkage, amplitude_variance), statistics
+def queries(num: int = 8, feature_dim: int = D) -> torch.Tensor:
+    return 3.0 * torch.randn(num, feature_dim, generator=torch.Generator().manual_seed(5))
 
 
-def numpy_means_and_scatter(x: Array, labels: Array) -> tuple[Array, Array]:
+def fit(cls_ND: torch.Tensor, label_N: torch.Tensor, shrinkage: float = 0.2) -> WhitenedCosine:
+    """From the exact scatter, without the rounding of a module file."""
+    means, scatter = means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
+    upper = scatter[np.triu_indices(len(scatter))]
+    pooled = PooledStatistics(
+        torch.from_numpy(np.rint(upper / SCATTER_RESOLUTION)).long(), len(label_N), len(means)
+    )
+    return WhitenedCosine.fit(torch.from_numpy(means), pooled, shrinkage)
+
+
+def means_and_scatter(x: Array, labels: Array) -> tuple[Array, Array]:
     classes = np.unique(labels)
     means = np.stack([x[labels == k].mean(axis=0) for k in classes])
     scatter = sum((x[labels == k] - means[k]).T @ (x[labels == k] - means[k]) for k in classes)
     return means, scatter
 
 
-def log_densities(x: Array, means: Array, centre: Array, covariance: Array, amplitude_variance: float) -> Array:
-    """log N(x; μ, S + τ²(μ − c)(μ − c)ᵀ) of every vector and class, without the factor of 2π."""
+def class_means(cls_ND: torch.Tensor, label_N: torch.Tensor) -> torch.Tensor:
+    return torch.stack([cls_ND[label_N == k].mean(dim=0) for k in range(int(label_N.max()) + 1)])
+
+
+def outer_weight(freedom: int, shrinkage: float) -> float:
+    return (1 - shrinkage) / (freedom + PRIOR_IMAGES)
+
+
+def sphere(scatter: Array, freedom: int, shrinkage: float) -> Array:
+    """The part of the covariance that is no scatter: the prior's images and the shrinkage."""
+    size = len(scatter)
+    variance = np.trace(scatter) / size / freedom
+    return (outer_weight(freedom, shrinkage) * PRIOR_IMAGES + shrinkage) * variance * np.eye(size)
+
+
+def lengths(x: Array, means: Array, centre: Array, covariance: Array) -> Array:
+    """√(|P u|² + OUTSIDE_SHARE |u|²) with u = S^(−1/2)(x − c) and P the projection on the class means."""
+    values, vectors = np.linalg.eigh(covariance)
+    whiten = vectors @ np.diag(values**-0.5) @ vectors.T
+    whitened_means = (means - centre) @ whiten
+    projection = np.linalg.pinv(whitened_means, rcond=1e-9) @ whitened_means
+    u = (x - centre) @ whiten
+    return np.sqrt(((u @ projection) ** 2).sum(axis=1) + OUTSIDE_SHARE * (u**2).sum(axis=1))
+
+
+def cosines(x: Array, means: Array, centre: Array, covariance: Array, length: Array) -> Array:
+    inverse = np.linalg.inv(covariance)
     scores = np.zeros((len(x), len(means)))
-    for k, mean in enumerate(means):
-        spread = covariance + amplitude_variance * np.outer(mean - centre, mean - centre)
-        _, log_determinant = np.linalg.slogdet(spread)
-        inverse = np.linalg.inv(spread)
-        scores[:, k] = [-0.5 * ((row - mean) @ inverse @ (row - mean) + log_determinant) for row in x]
+    for i, row in enumerate(x):
+        for k, mean in enumerate(means):
+            g = (row - centre) @ inverse @ (mean - centre)
+            q = (mean - centre) @ inverse @ (mean - centre)
+            scores[i, k] = g / np.sqrt(q) / length[i]
     return scores
 
 
-def shrunk(scatter: Array, freedom: int, shrinkage: float) -> Array:
-    covariance = scatter / freedom
-    return (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / D * np.eye(D)
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize("num_classes", [2, 4, 11])
+def test_scores_are_cosines_in_the_metric_of_the_shrunk_covariance(
+    shrinkage: float, num_classes: int
+) -> None:
+    """With fewer and with more classes than features."""
+    cls_ND, label_N = clusters(num_classes=num_classes)
+    discriminant = fit(cls_ND, label_N, shrinkage)
+    means, scatter = means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
+    freedom = len(label_N) - num_classes
+    covariance = outer_weight(freedom, shrinkage) * scatter + sphere(scatter, freedom, shrinkage)
+    x, centre = queries().double().numpy(), means.mean(axis=0)
+    expected = cosines(x, means, centre, covariance, lengths(x, means, centre, covariance))
+    np.testing.assert_allclose(discriminant.scores(queries()).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def between_classes(scores: Array) -> Array:
-    """Scores have meaning only up to a term common to all classes."""
+    """LDA scores have meaning only up to a term common to all classes."""
     return scores - scores[:, :1]
 
 
 @pytest.mark.parametrize("shrinkage", [0.0, 0.1, 0.6, 1.0])
-@pytest.mark.parametrize("amplitude_variance", [0.0, 0.3, 2.0])
-def test_scores_equal_the_log_densities_of_the_model(shrinkage: float, amplitude_variance: float) -> None:
+def test_lda_scores_equal_mahalanobis_distances(shrinkage: float) -> None:
+    """The baseline: −½ (x − μ)ᵀ S⁻¹ (x − μ)."""
     cls_ND, label_N = clusters()
-    query_BD = 3.0 * torch.randn(8, D, generator=torch.Generator().manual_seed(5))
-    discriminant, _ = fit(cls_ND, label_N, shrinkage, amplitude_variance)
-    means, scatter = numpy_means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
-    covariance = shrunk(scatter, len(label_N) - K, shrinkage)
-    centre = means.mean(axis=0)
-    expected = log_densities(query_BD.double().numpy(), means, centre, covariance, amplitude_variance)
-    np.testing.assert_allclose(
-        between_classes(discriminant.scores(query_BD).numpy()), between_classes(expected), rtol=1e-5, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("amplitude_variance", [0.0, 0.3])
-def test_linear_scores_equal_mahalanobis_distances(amplitude_variance: float) -> None:
-    """Plain LDA, (x − μ)ᵀ S⁻¹ (x − μ), whatever the amplitude variance of the other scores."""
-    cls_ND, label_N = clusters()
-    query_BD = 3.0 * torch.randn(8, D, generator=torch.Generator().manual_seed(5))
-    discriminant, _ = fit(cls_ND, label_N, 0.2, amplitude_variance)
-    means, scatter = numpy_means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
-    inverse = np.linalg.inv(shrunk(scatter, len(label_N) - K, 0.2))
-    x = query_BD.double().numpy()
+    discriminant = fit(cls_ND, label_N, shrinkage)
+    means, scatter = means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
+    freedom = len(label_N) - K
+    covariance = outer_weight(freedom, shrinkage) * scatter + sphere(scatter, freedom, shrinkage)
+    inverse = np.linalg.inv(covariance)
+    x = queries().double().numpy()
     distances = np.array([[(row - mean) @ inverse @ (row - mean) for mean in means] for row in x])
     np.testing.assert_allclose(
-        between_classes(discriminant.linear_scores(query_BD).numpy()),
+        between_classes(discriminant.lda_scores(queries()).numpy()),
         between_classes(-0.5 * distances),
         rtol=1e-5,
         atol=1e-5,
     )
 
 
-def test_without_amplitude_the_scores_are_the_linear_ones() -> None:
+def test_full_shrinkage_is_the_euclidean_nearest_mean() -> None:
     cls_ND, label_N = clusters()
-    discriminant, _ = fit(cls_ND, label_N, amplitude_variance=0.0)
-    torch.testing.assert_close(discriminant.scores(cls_ND), discriminant.linear_scores(cls_ND))
+    discriminant = fit(cls_ND, label_N, shrinkage=1.0)
+    nearest = torch.cdist(cls_ND, class_means(cls_ND, label_N)).argmin(dim=1)
+    assert torch.equal(discriminant.lda_scores(cls_ND).argmax(dim=1), nearest)
 
 
-def test_moving_every_vector_moves_no_score() -> None:
-    cls_ND, label_N = clusters()
-    near, _ = fit(cls_ND, label_N)
-    far, _ = fit(cls_ND + 50.0, label_N)
-    torch.testing.assert_close(near.scores(cls_ND), far.scores(cls_ND + 50.0), rtol=1e-3, atol=1e-3)
-
-
-def test_full_shrinkage_chooses_the_nearest_mean() -> None:
-    cls_ND, label_N = clusters()
-    discriminant, statistics = fit(cls_ND, label_N, shrinkage=1.0, amplitude_variance=0.0)
-    nearest = torch.cdist(cls_ND, statistics.mean_KD).argmin(dim=1)
-    assert torch.equal(discriminant.scores(cls_ND).argmax(dim=1), nearest)
-
-
-def test_one_image_a_class_falls_back_to_euclidean_distance() -> None:
+def test_one_image_a_class_falls_back_to_euclidean_geometry() -> None:
     cls_KD = torch.randn(K, D, generator=torch.Generator().manual_seed(3))
-    query_BD = torch.randn(6, D, generator=torch.Generator().manual_seed(4))
-    discriminant, _ = fit(cls_KD, torch.arange(K), amplitude_variance=0.0)
-    expected = -0.5 * torch.cdist(query_BD.double(), cls_KD.double()) ** 2
-    np.testing.assert_allclose(
-        between_classes(discriminant.scores(query_BD).numpy()), between_classes(expected.numpy()), atol=1e-5
-    )
+    discriminant = fit(cls_KD, torch.arange(K))
+    nearest = torch.cdist(queries(), cls_KD).argmin(dim=1)
+    assert torch.equal(discriminant.lda_scores(queries()).argmax(dim=1), nearest)
+    means, x = cls_KD.double().numpy(), queries().double().numpy()
+    centre = means.mean(axis=0)
+    expected = cosines(x, means, centre, np.eye(D), lengths(x, means, centre, np.eye(D)))
+    np.testing.assert_allclose(discriminant.scores(queries()).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_do_not_depend_on_the_rest_of_the_batch() -> None:
     cls_ND, label_N = clusters()
-    discriminant, _ = fit(cls_ND, label_N)
+    discriminant = fit(cls_ND, label_N)
     alone_NK = torch.cat([discriminant.scores(row[None]) for row in cls_ND])
     torch.testing.assert_close(discriminant.scores(cls_ND), alone_NK, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("amplitude_variance", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("strength", [0.01, 0.5, 30.0])
+def test_scores_ignore_how_strongly_a_picture_shows_its_class(strength: float) -> None:
+    cls_ND, label_N = clusters()
+    discriminant = fit(cls_ND, label_N)
+    centre_D = class_means(cls_ND, label_N).double().mean(dim=0)
+    scaled_BD = centre_D + strength * (queries() - centre_D)
+    torch.testing.assert_close(
+        discriminant.scores(scaled_BD), discriminant.scores(queries()), rtol=0, atol=1e-5
+    )
+
+
+def test_moving_every_vector_moves_no_score() -> None:
+    cls_ND, label_N = clusters()
+    near = fit(cls_ND, label_N)
+    far = fit(cls_ND + 50.0, label_N)
+    torch.testing.assert_close(near.scores(cls_ND), far.scores(cls_ND + 50.0), rtol=1e-3, atol=1e-3)
+
+
+def test_every_class_mean_scores_best_for_its_own_class() -> None:
+    cls_ND, label_N = clusters(num_classes=6)
+    discriminant = fit(cls_ND, label_N)
+    assert discriminant.scores(class_means(cls_ND, label_N)).argmax(dim=1).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2])
+def test_one_and_two_classes_have_finite_scores(num_classes: int) -> None:
+    cls_ND, label_N = clusters(num_classes=num_classes)
+    discriminant = fit(cls_ND, label_N)
+    at_the_centre_1D = class_means(cls_ND, label_N).mean(dim=0, keepdim=True)
+    for x_BD in (queries(), cls_ND, at_the_centre_1D):
+        assert discriminant.scores(x_BD).isfinite().all()
+
+
 @pytest.mark.parametrize("per_class", [2, 5])
-def test_removing_a_vector_equals_fitting_without_it(amplitude_variance: float, per_class: int) -> None:
-    """As documented: centre, degrees of freedom and spherical part stay as they were with the vector."""
+@pytest.mark.parametrize("num_classes", [4, 11])
+def test_removing_a_vector_equals_fitting_without_it(per_class: int, num_classes: int) -> None:
+    """As documented: centre, sphere, degrees of freedom and the image's length stay as they were with it."""
     shrinkage = 0.3
-    cls_ND, label_N = clusters(per_class=per_class)
-    discriminant, statistics = fit(cls_ND, label_N, shrinkage, amplitude_variance)
+    cls_ND, label_N = clusters(per_class=per_class, num_classes=num_classes)
+    discriminant = fit(cls_ND, label_N, shrinkage)
     x, labels = cls_ND.double().numpy(), label_N.numpy()
-    freedom = len(labels) - K
-    means_with, scatter_with = numpy_means_and_scatter(x, labels)
+    freedom = len(labels) - num_classes
+    weight = outer_weight(freedom, shrinkage)
+    means_with, scatter_with = means_and_scatter(x, labels)
     centre = means_with.mean(axis=0)
-    sphere = shrinkage * np.trace(scatter_with) / freedom / D * np.eye(D)
+    round_part = sphere(scatter_with, freedom, shrinkage)
+    length = lengths(x, means_with, centre, weight * scatter_with + round_part)
     expected = []
     for i in range(len(labels)):
         others = np.arange(len(labels)) != i
-        means, scatter = numpy_means_and_scatter(x[others], labels[others])
-        covariance = (1 - shrinkage) * scatter / freedom + sphere
-        expected.append(log_densities(x[i : i + 1], means, centre, covariance, amplitude_variance)[0])
-    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, statistics.count_K[label_N])
-    np.testing.assert_allclose(
-        between_classes(scores_NK.numpy()), between_classes(np.array(expected)), rtol=1e-4, atol=1e-4
-    )
+        means, scatter = means_and_scatter(x[others], labels[others])
+        covariance = weight * scatter + round_part
+        expected.append(cosines(x[i : i + 1], means, centre, covariance, length[i : i + 1])[0])
+    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
+    np.testing.assert_allclose(scores_NK.numpy(), np.array(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_support_their_own_class_less_once_they_are_left_out() -> None:
     cls_ND, label_N = clusters()
-    discriminant, statistics = fit(cls_ND, label_N)
-    inside = torch.softmax(discriminant.scores(cls_ND), dim=1).gather(1, label_N[:, None])
-    left_out = torch.softmax(
-        discriminant.leave_one_out_scores(cls_ND, label_N, statistics.count_K[label_N]), dim=1
-    ).gather(1, label_N[:, None])
-    assert left_out.mean() < inside.mean()
+    discriminant = fit(cls_ND, label_N)
+    inside_NK = discriminant.scores(cls_ND)
+    left_out_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
+    own_N1 = label_N[:, None]
+    assert left_out_NK.gather(1, own_N1).mean() < inside_NK.gather(1, own_N1).mean()
+
+
+def test_a_scatter_that_is_no_covariance_is_refused() -> None:
+    packed_P = torch.tensor([1, 500, 1]) * 2**20
+    with pytest.raises(InvalidModule, match="scatter is no covariance"):
+        WhitenedCosine.fit(torch.eye(2), PooledStatistics(packed_P, 10, 2))
 
 
 def test_leaving_out_one_of_two_images_stays_finite() -> None:
     cls_ND, label_N = clusters(per_class=2, feature_dim=12)
-    discriminant, statistics = fit(cls_ND, label_N)
-    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, statistics.count_K[label_N])
+    discriminant = fit(cls_ND, label_N)
+    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
     assert scores_NK.isfinite().all()
 
 

@@ -6,14 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_store.errors import InvalidModule
+from model_store.selection import WhitenedCosine
 from model_store.statistics import (
     MAX_SCATTER,
     SCATTER_RESOLUTION,
     ClassStatistics,
     PooledStatistics,
     fit_class_statistics,
-    pack_symmetric,
     packed_size,
     unpack_symmetric,
 )
@@ -22,11 +21,13 @@ D = 6
 
 
 def random_vectors(seed: int, num: int = 40, num_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters with correlated features of unlike variance."""
     generator = torch.Generator().manual_seed(seed)
     label_N = torch.cat(
         [torch.arange(num_classes), torch.randint(num_classes, (num - num_classes,), generator=generator)]
     )
-    cls_ND = 5.0 * torch.randn(num, D, generator=generator) + 20.0 * label_N[:, None]
+    mixing_DD = torch.randn(D, D, generator=generator) * torch.arange(1.0, D + 1)
+    cls_ND = torch.randn(num, D, generator=generator) @ mixing_DD + 20.0 * label_N[:, None]
     return cls_ND, label_N
 
 
@@ -36,7 +37,7 @@ def random_statistics(seed: int, num_classes: int = 4) -> ClassStatistics:
 
 
 def numpy_scatter(cls_ND: torch.Tensor, label_N: torch.Tensor) -> np.ndarray:
-    """Σ over classes of (n − 1) times the sample covariance."""
+    """Σ over classes of the outer products of the residuals."""
     x, labels = cls_ND.numpy().astype(np.float64), label_N.numpy()
     total = np.zeros((x.shape[1], x.shape[1]))
     for k in np.unique(labels):
@@ -44,6 +45,23 @@ def numpy_scatter(cls_ND: torch.Tensor, label_N: torch.Tensor) -> np.ndarray:
         centred = members - members.mean(axis=0)
         total += sum(np.outer(row, row) for row in centred)
     return total
+
+
+def numpy_decoded(statistics: ClassStatistics) -> np.ndarray:
+    """The scatter a file holds: correlations sign(q)·(q/127)², packed row by row, between the deviations."""
+    size = len(statistics.variance_D)
+    variance = statistics.variance_D.double().numpy()
+    level = np.zeros((size, size))
+    level[np.triu_indices(size)] = statistics.correlation_P.double().numpy() / 127
+    level += np.triu(level, 1).T
+    scatter = np.sign(level) * level**2 * np.sqrt(np.outer(variance, variance))
+    np.fill_diagonal(scatter, variance)
+    return scatter
+
+
+def correlations(scatter: np.ndarray) -> np.ndarray:
+    deviation = np.sqrt(np.diag(scatter))
+    return scatter / np.outer(deviation, deviation)
 
 
 def same(one: PooledStatistics, other: PooledStatistics) -> bool:
@@ -58,29 +76,38 @@ def same(one: PooledStatistics, other: PooledStatistics) -> bool:
 def test_unpacking_restores_a_packed_symmetric_matrix(size: int) -> None:
     half = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
     matrix_DD = half + half.T
-    packed_P = pack_symmetric(matrix_DD)
-    assert packed_P.shape == (packed_size(size),) == (size * (size + 1) // 2,)
+    packed_P = torch.tensor([float(matrix_DD[i, j]) for i in range(size) for j in range(i, size)])
+    assert packed_P.shape == (packed_size(size),)
     assert torch.equal(unpack_symmetric(packed_P, size), matrix_DD)
 
 
-def test_packing_goes_row_by_row_along_the_upper_triangle() -> None:
-    matrix_DD = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
-    assert pack_symmetric(matrix_DD).tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
-
-
-def test_fit_equals_numpy() -> None:
+def test_means_and_counts_equal_numpy() -> None:
     cls_ND, label_N = random_vectors(0)
     fitted = fit_class_statistics(cls_ND, label_N, 4)
     x, labels = cls_ND.numpy().astype(np.float64), label_N.numpy()
     for k in range(4):
         np.testing.assert_allclose(fitted.mean_KD[k].numpy(), x[labels == k].mean(axis=0), rtol=1e-6)
         assert int(fitted.count_K[k]) == int((labels == k).sum())
-    np.testing.assert_allclose(
-        unpack_symmetric(fitted.scatter_P, D).numpy(), numpy_scatter(cls_ND, label_N), rtol=1e-5, atol=1e-3
-    )
     assert (fitted.num_images, fitted.num_classes) == (40, 4)
     assert (fitted.mean_KD.dtype, fitted.count_K.dtype) == (torch.float32, torch.int64)
-    assert fitted.scatter_P.dtype == torch.float32
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_scatter_is_that_of_numpy_to_half_a_level(seed: int) -> None:
+    """The diagonal is exact; a correlation is stored as its signed square root on 127 levels."""
+    cls_ND, label_N = random_vectors(seed)
+    fitted = fit_class_statistics(cls_ND, label_N, 4)
+    assert (fitted.variance_D.dtype, fitted.correlation_P.dtype) == (torch.float32, torch.int8)
+    stored = unpack_symmetric(fitted.scatter(), D).numpy()
+    expected = numpy_scatter(cls_ND, label_N)
+    np.testing.assert_allclose(np.diag(stored), np.diag(expected), rtol=1e-6)
+    roots = [np.sign(c) * np.sqrt(np.abs(c)) for c in (correlations(stored), correlations(expected))]
+    assert np.abs(roots[0] - roots[1]).max() <= 0.5 / 127 + 1e-6
+
+
+def test_the_stored_scatter_is_decoded_as_documented() -> None:
+    one = random_statistics(3)
+    np.testing.assert_allclose(unpack_symmetric(one.scatter(), D).numpy(), numpy_decoded(one), rtol=1e-12)
 
 
 def test_fit_does_not_depend_on_the_order_of_the_pictures() -> None:
@@ -91,32 +118,67 @@ def test_fit_does_not_depend_on_the_order_of_the_pictures() -> None:
         fit_class_statistics(cls_ND[order], label_N[order], 4),
     )
     torch.testing.assert_close(one.mean_KD, other.mean_KD)
-    torch.testing.assert_close(one.scatter_P, other.scatter_P)
+    torch.testing.assert_close(one.variance_D, other.variance_D)
+    assert int((one.correlation_P.int() - other.correlation_P.int()).abs().max()) <= 1
 
 
 def test_shifting_every_vector_leaves_the_scatter() -> None:
     cls_ND, label_N = random_vectors(0)
     one, other = fit_class_statistics(cls_ND, label_N, 4), fit_class_statistics(cls_ND + 7.0, label_N, 4)
-    torch.testing.assert_close(one.scatter_P, other.scatter_P, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(one.variance_D, other.variance_D, rtol=1e-4, atol=1e-3)
+    assert int((one.correlation_P.int() - other.correlation_P.int()).abs().max()) <= 1
 
 
 def test_a_class_with_one_image_has_no_scatter() -> None:
     fitted = fit_class_statistics(torch.randn(2, D), torch.tensor([0, 1]), 2)
-    assert not fitted.scatter_P.any()
+    assert not fitted.scatter().any()
 
 
-def test_pooling_tasks_equals_the_scatter_of_the_union() -> None:
+def test_a_feature_that_never_varies_has_no_scatter() -> None:
+    cls_ND, label_N = random_vectors(0)
+    cls_ND[:, 2] = 5.0
+    scatter_DD = unpack_symmetric(fit_class_statistics(cls_ND, label_N, 4).scatter(), D)
+    assert not scatter_DD[2].any() and scatter_DD.isfinite().all()
+
+
+@pytest.mark.parametrize("num_images", [4, 12, 60, 400])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_honest_task_always_has_a_covariance(num_images: int, seed: int) -> None:
+    """Rounding must not cost positive definiteness, even with fewer images than features of unlike scale."""
+    generator = torch.Generator().manual_seed(seed)
+    scale_D = torch.exp(2.0 * torch.randn(192, generator=generator))
+    loading_RD = torch.randn(3, 192, generator=generator)
+    cls_ND = torch.randn(num_images, 3, generator=generator) @ loading_RD
+    cls_ND = (cls_ND + 0.05 * torch.randn(num_images, 192, generator=generator)) * scale_D
+    one = fit_class_statistics(cls_ND, torch.arange(num_images) % 2, 2)
+    WhitenedCosine.fit(one.mean_KD, PooledStatistics.empty(192).add([one]))
+
+
+# -- pooling -----------------------------------------------------------------------------------------
+
+
+def test_pooling_tasks_equals_the_sum_of_their_scatters() -> None:
+    tasks = [random_statistics(seed) for seed in range(3)]
+    pooled = PooledStatistics.empty(D).add(tasks)
+    np.testing.assert_allclose(
+        pooled.scatter(D).numpy(),
+        sum(numpy_decoded(one) for one in tasks),
+        rtol=0,
+        atol=len(tasks) * SCATTER_RESOLUTION / 2,
+    )
+    assert (pooled.num_images, pooled.num_classes, pooled.degrees_of_freedom) == (120, 12, 120 - 12)
+
+
+def test_pooling_tasks_equals_the_scatter_of_their_union() -> None:
+    """To the rounding of each task's correlations."""
     vectors = [random_vectors(seed) for seed in range(3)]
     pooled = PooledStatistics.empty(D).add(fit_class_statistics(x, y, 4) for x, y in vectors)
     union_ND = torch.cat([x for x, _ in vectors])
     union_label_N = torch.cat([y + 4 * t for t, (_, y) in enumerate(vectors)])
-    direct = fit_class_statistics(union_ND, union_label_N, 12)
     expected = numpy_scatter(union_ND, union_label_N)
-    # Each task's entry is rounded to float32 once and to the fixed-point grid once.
-    allowed = 3 * (SCATTER_RESOLUTION / 2 + 2.0**-24 * np.abs(expected).max())
-    np.testing.assert_allclose(pooled.scatter(D).numpy(), expected, rtol=0, atol=allowed)
-    assert (pooled.num_images, pooled.num_classes) == (direct.num_images, 12)
-    assert pooled.degrees_of_freedom == 120 - 12
+    deviation = np.sqrt(np.diag(expected))
+    np.testing.assert_allclose(np.diag(pooled.scatter(D).numpy()), np.diag(expected), rtol=1e-6)
+    assert (np.abs(pooled.scatter(D).numpy() - expected) <= np.outer(deviation, deviation) / 127).all()
 
 
 @given(data=st.data(), num_tasks=st.integers(1, 6))
@@ -138,25 +200,22 @@ def test_adding_and_removing_in_any_order_restores_every_bit(data: st.DataObject
 
 def test_pooling_leaves_its_operands_alone() -> None:
     empty, one = PooledStatistics.empty(D), random_statistics(0)
-    before = one.scatter_P.clone()
+    before = one.scatter()
     pooled = empty.add([one])
     pooled.add([one])
-    assert torch.equal(one.scatter_P, before)
+    assert torch.equal(one.scatter(), before)
     assert not empty.scatter_P.any() and empty.num_images == 0
     assert same(pooled, empty.add([one]))
 
 
-@pytest.mark.parametrize("entry", [MAX_SCATTER, -MAX_SCATTER, 1e38, torch.inf, -torch.inf, torch.nan])
-def test_an_oversized_scatter_is_refused(entry: float) -> None:
-    one = random_statistics(0)
-    one.scatter_P[3] = entry
-    with pytest.raises(InvalidModule, match="scatter must be finite and below"):
-        PooledStatistics.empty(D).add([one])
-
-
 def test_thousands_of_the_largest_tasks_do_not_overflow() -> None:
     largest = float(np.nextafter(np.float32(MAX_SCATTER), np.float32(0)))
-    one = ClassStatistics(torch.zeros(1, 1), torch.tensor([2]), torch.tensor([largest]))
+    one = ClassStatistics(
+        mean_KD=torch.zeros(1, 1),
+        count_K=torch.tensor([2]),
+        variance_D=torch.tensor([largest]),
+        correlation_P=torch.tensor([127], dtype=torch.int8),
+    )
     pooled = PooledStatistics.empty(1).add([one] * 2**13)
     assert float(pooled.scatter(1)) == 2**13 * largest
 

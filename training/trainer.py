@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model_store.backbone import BackboneManifest
-from model_store.bank import TaskModule
 from model_store.calibration import (
     CalibrationSet,
     expected_calibration_error,
@@ -21,15 +20,10 @@ from model_store.calibration import (
 from model_store.errors import InvalidDataset
 from model_store.landmarks import Standardisation, fit_landmark_ridge
 from model_store.luca import Flow
-from model_store.module_file import (
-    MAX_CALIBRATION_VECTORS,
-    ModuleManifest,
-    check_label,
-    check_task_name,
-    round_weights,
-    write_module,
-)
+from model_store.manifest import ModuleManifest, check_label, check_task_name
+from model_store.module_file import MAX_CALIBRATION_VECTORS, round_weights, write_module
 from model_store.statistics import fit_class_statistics
+from model_store.task_module import TaskModule
 from training.features import LabelledFeatures
 from training.recipes import BY_NAME, Recipe, RecipeName, fit_module
 

@@ -1,7 +1,6 @@
 """Module files made to do harm: each is refused as InvalidModule, with a message that names the fault."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
@@ -19,29 +18,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from random_modules import FEATURE_DIM, backbone_manifest, build_bank, module_bytes, random_module
+from random_modules import (
+    FEATURE_DIM,
+    backbone_manifest,
+    build_bank,
+    module_bytes,
+    random_module,
+    without_calibration,
+)
 
-from model_store.calibration import CalibrationSet
 from model_store.errors import InvalidModule
-from model_store.module_file import MAX_CLASSES, MAX_HEADER_BYTES, check_module, read_module
+from model_store.manifest import MAX_CLASSES
+from model_store.module_file import MAX_HEADER_BYTES, check_module, read_module
 
 GOOD = module_bytes(random_module("birds"))
 Header = dict[str, Any]
-
-# Cases the source does not refuse as it should, with what it does instead.
-KNOWN = {
-    "empty tensor of a shape beyond int64": "TypeError from torch.empty",
-    "tensor with a thousand dimensions": "the message repeats the whole shape",
-    "a lone surrogate": "UnicodeEncodeError from the digest",
-    "a lone surrogate in a label": "UnicodeEncodeError from the digest",
-}
-
-
-def cases(table: dict[str, Any]) -> list[Any]:
-    return [
-        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=KNOWN[name]) if name in KNOWN else ())
-        for name in table
-    ]
 
 
 def split(data: bytes = GOOD) -> tuple[Header, bytes]:
@@ -107,7 +98,8 @@ def with_calibration(size: int) -> bytes:
         "held_out_logits": torch.zeros(size, 3),
         "in_statistics": torch.zeros(size, dtype=torch.bool),
     }
-    return with_tensors(**{f"calibration.{name}": value for name, value in kinds.items()})
+    tensors = {f"calibration.{name}": value for name, value in kinds.items()}
+    return with_tensors(**tensors, ridge__kernel=torch.zeros(size, 3, dtype=torch.float16))
 
 
 TENSORS = sorted(safetensors.torch.load(GOOD))
@@ -125,13 +117,15 @@ def test_the_unharmed_file_is_accepted() -> None:
 
 
 def test_the_files_cover_every_kind_of_tensor() -> None:
-    assert len(TENSORS) == 18 and len(FLOATS) == 15
+    assert len(TENSORS) == 23 and len(FLOATS) == 19
 
 
 # -- the container -----------------------------------------------------------------------------------
 
 HEADER_END = 8 + struct.unpack("<Q", GOOD[:8])[0]
-OFFSETS = sorted({*range(13), *range(13, len(GOOD), 97), HEADER_END - 1, HEADER_END, HEADER_END + 1, len(GOOD) - 1})
+OFFSETS = sorted(
+    {*range(13), *range(13, len(GOOD), 97), HEADER_END - 1, HEADER_END, HEADER_END + 1, len(GOOD) - 1}
+)
 
 
 @pytest.mark.parametrize("length", OFFSETS)
@@ -194,9 +188,15 @@ CONTAINERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "length only": (lambda: struct.pack("<Q", 0), "not a safetensors file"),
     "length lies by one": (lambda: struct.pack("<Q", len(GOOD) - 7) + GOOD[8:], "header claims"),
     "length cuts the header": (lambda: struct.pack("<Q", HEADER_END - 20) + GOOD[8:], "header is no JSON"),
-    "header of 2^63 bytes": (lambda: struct.pack("<Q", 2**63) + GOOD[8:], "header claims 9223372036854775808"),
+    "header of 2^63 bytes": (
+        lambda: struct.pack("<Q", 2**63) + GOOD[8:],
+        "header claims 9223372036854775808",
+    ),
     "header of 2^64 - 1 bytes": (lambda: b"\xff" * 8 + GOOD[8:], "header claims 18446744073709551615"),
-    "header beyond the limit": (lambda: raw(b" " * (MAX_HEADER_BYTES + 1)), f"{MAX_HEADER_BYTES} are allowed"),
+    "header beyond the limit": (
+        lambda: raw(b" " * (MAX_HEADER_BYTES + 1)),
+        f"{MAX_HEADER_BYTES} are allowed",
+    ),
     "header not JSON": (lambda: raw(b"hello, world"), "header is no JSON"),
     "header not UTF-8": (lambda: raw(b'{"\xff\xfe": 1}'), "header is no JSON"),
     "header with a gigantic number": (lambda: raw(b'{"a": ' + b"9" * 5000 + b"}"), "header is no JSON"),
@@ -221,8 +221,12 @@ CONTAINERS: dict[str, tuple[Callable[[], bytes], str]] = {
     "PNG": (_png, "not a (whole )?safetensors file"),
     "text": (lambda: b"#!/bin/sh\nrm -rf /\n", "not a (whole )?safetensors file"),
     "wrong digest": (
-        lambda: raw(json.dumps(split()[0] | {"__metadata__": split()[0]["__metadata__"] | {"digest": "0" * 64}})
-                    .encode(), split()[1]),
+        lambda: raw(
+            json.dumps(
+                split()[0] | {"__metadata__": split()[0]["__metadata__"] | {"digest": "0" * 64}}
+            ).encode(),
+            split()[1],
+        ),
         "does not match its own digest",
     ),
     "bytes behind the end": (lambda: GOOD + b"\x00", "damaged|not a whole safetensors file"),
@@ -254,7 +258,9 @@ def test_random_bytes_behind_a_true_length_are_refused(header: bytes, payload: b
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=10), children, max_size=3),
+    lambda children: (
+        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=10), children, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -290,13 +296,13 @@ LAYOUTS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: with_header(lambda header: header["luca.w1"].pop("data_offsets")),
         "not a whole safetensors file",
     ),
-    "gigantic shape": (entry("luca.w1", shape=[2**62, 2**62]), "not a whole safetensors file"),
-    "shape beyond 64 bits": (entry("luca.w1", shape=[2**70]), "not a whole safetensors file"),
-    "negative shape": (entry("luca.w1", shape=[-1, 16]), "not a whole safetensors file"),
-    "fractional shape": (entry("luca.w1", shape=[0.5, 32]), "not a whole safetensors file"),
-    "shape is text": (entry("luca.w1", shape="1x16"), "not a whole safetensors file"),
-    "unknown dtype": (entry("luca.w1", dtype="F128"), "not a whole safetensors file"),
-    "dtype of another size": (entry("luca.w1", dtype="F64"), "not a whole safetensors file"),
+    "gigantic shape": (entry("luca.w1", shape=[2**62, 2**62]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "shape beyond 64 bits": (entry("luca.w1", shape=[2**70]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "negative shape": (entry("luca.w1", shape=[-1, 16]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "fractional shape": (entry("luca.w1", shape=[0.5, 32]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "shape is text": (entry("luca.w1", shape="1x16"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "unknown dtype": (entry("luca.w1", dtype="F128"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "dtype of another size": (entry("luca.w1", dtype="F64"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
     "empty tensor of gigantic shape": (
         lambda: with_header(
             lambda header: header.update(bomb={"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]})
@@ -321,7 +327,7 @@ LAYOUTS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", cases(LAYOUTS))
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_hostile_layout_is_refused(name: str) -> None:
     make, fault = LAYOUTS[name]
     with pytest.raises(InvalidModule, match=fault or None) as refusal:
@@ -354,24 +360,23 @@ def test_a_wrong_dtype_is_named_with_the_expected_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("change", ["longer", "one dimension more", "transposed"])
+@pytest.mark.parametrize("change", ["longer", "one dimension more"])
 def test_a_wrong_shape_is_named_with_the_expected_one(name: str, change: str) -> None:
     value = tensor(name)
-    if change == "longer":
-        wrong = torch.cat([value, value]) if value.dim() else value.repeat(2)
-    elif change == "one dimension more":
-        wrong = value[None]
-    elif value.dim() == 2 and value.shape[0] != value.shape[1]:
-        wrong = value.T.contiguous()
-    else:
-        pytest.skip("its transpose has the same shape")
-    with pytest.raises(InvalidModule, match=r"expected \("):
+    wrong = value[None] if change == "one dimension more" or not value.dim() else torch.cat([value, value])
+    with pytest.raises(InvalidModule, match=r", expected \["):
         read_module(with_tensors(**{name: wrong}))
+
+
+@pytest.mark.parametrize("name", [name for name in TENSORS if tensor(name).dim() == 2])
+def test_a_transposed_matrix_is_refused(name: str) -> None:
+    with pytest.raises(InvalidModule, match=r", expected \["):
+        read_module(with_tensors(**{name: tensor(name).T.contiguous()}))
 
 
 def test_exotic_dtypes_are_refused() -> None:
     for dtype in (torch.float8_e4m3fn, torch.bfloat16, torch.complex64, torch.uint8, torch.int16):
-        with pytest.raises(InvalidModule, match=r"head\.weight is \(3, 16\) .*, expected \(3, 16\) float32"):
+        with pytest.raises(InvalidModule, match=r"head\.weight is \[3, 16\] .*, expected \[3, 16\] F16"):
             read_module(with_tensors(head__weight=torch.zeros(3, 16).to(dtype)))
 
 
@@ -390,8 +395,12 @@ VALUES: dict[str, tuple[Callable[[], bytes], str]] = {
     "negative count": (lambda: with_entry("statistics.count", -5), "class counts must lie in 1"),
     "most negative count": (lambda: with_entry("statistics.count", -(2**63)), "class counts must lie in 1"),
     "gigantic count": (lambda: with_entry("statistics.count", 2**41), "class counts must lie in 1"),
-    "scatter too large": (lambda: with_entry("statistics.scatter", 2.0**30), "scatter must be below"),
-    "scatter too small": (lambda: with_entry("statistics.scatter", -(2.0**31)), "scatter must be below"),
+    "scatter too large": (lambda: with_entry("statistics.variance", 2.0**30), "diagonal must lie in 0"),
+    "negative scatter": (lambda: with_entry("statistics.variance", -1.0), "diagonal must lie in 0"),
+    "correlation out of range": (
+        lambda: with_entry("statistics.correlation", -128),
+        "correlations must lie in -127",
+    ),
     "calibration label too large": (lambda: with_entry("calibration.label", 3), r"must lie in 0 … 2"),
     "negative calibration label": (lambda: with_entry("calibration.label", -1), r"must lie in 0 … 2"),
     "129 calibration vectors": (lambda: with_calibration(129), "129 calibration vectors, at most 128"),
@@ -418,12 +427,15 @@ MANIFESTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a lone surrogate": (lambda: with_manifest_text("\ud800"), ""),
     "a lone surrogate in a label": (lambda: with_manifest_text('{"labels": ["\ud800"]}'), ""),
     "format version 2": (lambda: with_manifest(format_version=2), "format_version"),
-    "an unknown field": (lambda: with_manifest(pickle="cos\nsystem"), "pickle: Extra inputs are not permitted"),
+    "an unknown field": (
+        lambda: with_manifest(pickle="cos\nsystem"),
+        "pickle: Extra inputs are not permitted",
+    ),
     "a field missing": (lambda: with_manifest_text('{"task": "birds"}'), "labels: Field required"),
     "an unknown flow": (lambda: with_manifest(flow="lora"), "flow"),
     "no labels": (lambda: with_manifest(labels=[]), "labels"),
     "labels not a list": (lambda: with_manifest(labels="abc"), "labels"),
-    "one label too few": (lambda: with_manifest(labels=["a", "b"]), r"head\.weight is \(3, 16\)"),
+    "one label too few": (lambda: with_manifest(labels=["a", "b"]), r"head\.weight is \[3, 16\]"),
     "duplicate labels": (lambda: with_manifest(labels=["a", "b", "a"]), "labels must be distinct"),
     "too many labels": (
         lambda: with_manifest(labels=[f"c{k}" for k in range(MAX_CLASSES + 1)]),
@@ -456,7 +468,7 @@ MANIFESTS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", cases(MANIFESTS))
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_a_hostile_manifest_is_refused(name: str) -> None:
     make, fault = MANIFESTS[name]
     with pytest.raises(InvalidModule, match=fault or None) as refusal:
@@ -503,7 +515,20 @@ def test_a_decent_task_name_is_accepted(name: str) -> None:
     assert read_module(with_manifest(task=name)).manifest.task == name
 
 
-LABELS = ["", " ", "\t", " cat", "cat ", "a\nb", "a\x00b", "a\x1b[31m", "a\u200bb", "a\u202eb", "\ufeffcat", "x" * 257]
+LABELS = [
+    "",
+    " ",
+    "\t",
+    " cat",
+    "cat ",
+    "a\nb",
+    "a\x00b",
+    "a\x1b[31m",
+    "a\u200bb",
+    "a\u202eb",
+    "\ufeffcat",
+    "x" * 257,
+]
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -532,7 +557,6 @@ def memory_limit(more_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-@pytest.mark.xfail(strict=True, reason="LuCA and the head are allocated before the tensors are checked")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 @pytest.mark.parametrize("bottleneck_dim", [4096, 65536])
 def test_a_small_file_cannot_claim_gigabytes(bottleneck_dim: int) -> None:
@@ -541,29 +565,34 @@ def test_a_small_file_cannot_claim_gigabytes(bottleneck_dim: int) -> None:
         read_module(data)
 
 
-def packed(diagonal: float, beside: float) -> torch.Tensor:
-    rows, columns = torch.triu_indices(FEATURE_DIM, FEATURE_DIM)
-    return torch.where(rows == columns, diagonal, beside)
+def indefinite() -> bytes:
+    """Every pair of features wholly and negatively correlated: no covariance of anything."""
+    correlation = torch.full_like(tensor("statistics.correlation"), -127)
+    return with_tensors(statistics__correlation=correlation)
 
 
-@pytest.mark.xfail(strict=True, reason="accepted; where it is not positive definite, building the bank crashes")
-@pytest.mark.parametrize(("diagonal", "beside"), [(-100.0, 0.0), (1.0, 1000.0), (1.0, -1000.0)])
-def test_a_scatter_that_is_no_covariance_is_refused(diagonal: float, beside: float) -> None:
-    data = with_tensors(statistics__scatter=packed(diagonal, beside))
-    with pytest.raises(InvalidModule, match="scatter"):
-        file = read_module(data)
+def test_a_scatter_that_is_no_covariance_builds_no_bank() -> None:
+    module = read_module(indefinite()).module
+    for others in ([], [random_module("cars", per_class=3)]):
+        with pytest.raises(InvalidModule, match="scatter is no covariance"):
+            build_bank([module, *others])
+
+
+def test_a_scatter_that_is_no_covariance_cannot_hide_behind_others() -> None:
+    """Otherwise removing the others later would fail."""
+    hiding = [random_module(f"task{i}", i, per_class=300, spread=3.0) for i in range(5)]
+    with pytest.raises(InvalidModule, match="scatter is no covariance"):
+        file = read_module(indefinite())
         check_module(file, backbone_manifest())
-        build_bank([file.module, random_module("cars")])
+        build_bank([file.module, *hiding])
 
 
-@pytest.mark.xfail(strict=True, reason="without calibration vectors nothing is tried out")
-def test_weights_that_overflow_are_refused_without_a_calibration_set_too() -> None:
-    module = random_module("birds")
-    with torch.no_grad():
-        module.luca.w1.fill_(3e38)
-    empty = CalibrationSet(
-        *(getattr(module.calibration, field.name)[:0] for field in dataclasses.fields(CalibrationSet))
-    )
-    data = module_bytes(dataclasses.replace(module, calibration=empty))
+@pytest.mark.parametrize("weight", ["input scale", "head scale"])
+def test_weights_that_overflow_are_refused_without_a_calibration_set_too(weight: str) -> None:
+    """No golden outputs tell on them, and NaN would beat every other task's answer."""
+    module = without_calibration(random_module("birds", luca_weight=3.0))
+    assert module.standardisation is not None
+    (module.standardisation.scale_D if weight == "input scale" else module.head.scale).fill_(3e38)
+    assert not module.logits(module.statistics.mean_KD).isfinite().all()
     with pytest.raises(InvalidModule):
-        check_module(read_module(data), backbone_manifest())
+        check_module(read_module(module_bytes(module)), backbone_manifest())

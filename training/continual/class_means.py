@@ -1,11 +1,13 @@
-"""Nearest class mean and linear discriminant analysis: class statistics of the frozen features, added up."""
-# N pictures, C columns, D features
+"""Nearest class mean and linear discriminant analysis: class statistics of the frozen features, added up.
+
+Sums are kept in float64, unlike those of module files, so that the baselines owe nothing to the product.
+"""
+# N pictures, K classes of one task, C columns, D features
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from model_store.statistics import PooledStatistics, fit_class_statistics
 from training.continual.method import ScoringMethod
 from training.continual.tasks import ContinualTask
 
@@ -20,20 +22,17 @@ class SimpleCil(ScoringMethod):
 
     def __init__(self) -> None:
         super().__init__()
-        self._mean_CD: Tensor | None = None
+        self._means: list[Tensor] = []  # [K, D] of each task
 
     def add(self, task: ContinualTask) -> None:
-        statistics = fit_class_statistics(task.train.cls_ND, task.train.label_N, len(task.label_K))
-        known = [] if self._mean_CD is None else [self._mean_CD]
-        self._mean_CD = torch.cat([*known, statistics.mean_KD])
+        self._means.append(_class_means(task))
 
     def scores(self, cls_ND: Tensor) -> Tensor:
-        assert self._mean_CD is not None, "a task was learnt"
-        return F.normalize(cls_ND, dim=1) @ F.normalize(self._mean_CD, dim=1).T
+        return F.normalize(cls_ND.double(), dim=1) @ F.normalize(torch.cat(self._means), dim=1).T
 
     @property
     def size_bytes(self) -> int:
-        return 0 if self._mean_CD is None else self._mean_CD.numel() * 4
+        return 4 * sum(mean_KD.numel() for mean_KD in self._means)
 
 
 class Lda(ScoringMethod):
@@ -45,28 +44,35 @@ class Lda(ScoringMethod):
 
     def __init__(self) -> None:
         super().__init__()
-        self._mean_CD: Tensor | None = None
-        self._pooled: PooledStatistics | None = None
+        self._means: list[Tensor] = []  # [K, D] of each task
+        self._scatter_DD = torch.zeros(())
+        self._freedom = 0
 
     def add(self, task: ContinualTask) -> None:
-        statistics = fit_class_statistics(task.train.cls_ND, task.train.label_N, len(task.label_K))
-        known = [] if self._mean_CD is None else [self._mean_CD]
-        self._mean_CD = torch.cat([*known, statistics.mean_KD.double()])
-        pooled = self._pooled or PooledStatistics.empty(task.train.cls_ND.shape[1])
-        self._pooled = pooled.add([statistics])
+        mean_KD = _class_means(task)
+        residual_ND = task.train.cls_ND.double() - mean_KD[task.train.label_N]
+        self._means.append(mean_KD)
+        self._scatter_DD = self._scatter_DD + residual_ND.T @ residual_ND
+        self._freedom += residual_ND.shape[0] - mean_KD.shape[0]
 
     def scores(self, cls_ND: Tensor) -> Tensor:
-        assert self._mean_CD is not None and self._pooled is not None, "a task was learnt"
-        covariance_DD = self._pooled.scatter(cls_ND.shape[1]) / max(self._pooled.degrees_of_freedom, 1)
+        mean_CD = torch.cat(self._means)
+        covariance_DD = self._scatter_DD / max(self._freedom, 1)
         variance = float(covariance_DD.diagonal().mean()) or 1.0  # one picture a class shows no spread
         covariance_DD = (1.0 - SHRINKAGE) * covariance_DD
         covariance_DD.diagonal().add_(SHRINKAGE * variance)
-        weight_DC = torch.cholesky_solve(self._mean_CD.T, torch.linalg.cholesky(covariance_DD))
-        offset_C = (self._mean_CD.T * weight_DC).sum(dim=0) / 2.0
+        weight_DC = torch.cholesky_solve(mean_CD.T, torch.linalg.cholesky(covariance_DD))
+        offset_C = (mean_CD.T * weight_DC).sum(dim=0) / 2.0
         return torch.softmax(cls_ND.double() @ weight_DC - offset_C, dim=1)
 
     @property
     def size_bytes(self) -> int:
-        if self._mean_CD is None or self._pooled is None:
-            return 0
-        return self._mean_CD.numel() * 4 + self._pooled.scatter_P.numel() * 4
+        size = self._scatter_DD.shape[-1]
+        return 4 * (sum(mean_KD.numel() for mean_KD in self._means) + size * (size + 1) // 2)
+
+
+def _class_means(task: ContinualTask) -> Tensor:
+    """[K, D] float64"""
+    cls_ND, label_N = task.train.cls_ND.double(), task.train.label_N
+    sum_KD = cls_ND.new_zeros(len(task.label_K), cls_ND.shape[1]).index_add_(0, label_N, cls_ND)
+    return sum_KD / torch.bincount(label_N, minlength=len(task.label_K))[:, None]

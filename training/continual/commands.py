@@ -1,10 +1,12 @@
 """`tosca bench continual` and `tosca bench paper`."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from model_store.backbone import Backbone
 from model_store.console import (
@@ -14,33 +16,21 @@ from model_store.console import (
     StoreOption,
     err,
     out,
-    print_table,
 )
 from model_store.store import ModelStore
 from training.continual.protocol import ARCHITECTURE, DATASETS, SEEDS, paper_stream
 from training.continual.random_ridge import PUBLISHED_WIDTH
 from training.continual.registry import METHODS, check_methods
-from training.continual.results import BenchmarkResults, RunResult, Steps, open_results
+from training.continual.results import RunResult, Steps, open_results
 from training.continual.runner import Plan, run_benchmark
 from training.continual.sources import open_stream
 from training.continual.streams import Order, Stream, read_stream
+from training.continual.table import TABLE_WIDTH, results_table
 from training.features import FeatureCache, LabelledFeatures, extract_features
 from training.sources import PictureSource
 
 _ALL_METHODS = ",".join(METHODS)
 _PAPER_SEEDS = ",".join(str(seed) for seed in SEEDS)
-_COLUMNS = (  # title, figure, factor and decimals to show it with
-    ("last %", "last_accuracy", 100.0, 1),
-    ("average %", "average_accuracy", 100.0, 1),
-    ("right task %", "selection_accuracy", 100.0, 1),
-    ("task given %", "accuracy_given_task", 100.0, 1),
-    ("forgetting %", "forgetting", 100.0, 1),
-    ("ECE", "ece", 1.0, 3),
-    ("worst ECE", "worst_task_ece", 1.0, 3),
-    ("MB a task", "bytes_per_task", 1e-6, 2),
-    ("s a task", "learn_s_per_task", 1.0, 2),
-)
-
 MethodsOption = Annotated[
     str, typer.Option("--methods", help=f"Names with commas between, of: {', '.join(METHODS)}.")
 ]
@@ -84,11 +74,10 @@ def continual(
 
     Example: tosca bench continual --stream benchmarks/streams/mixed.toml --data pictures --json out.json
     """
-    backbone = _load_backbone(store, device, precision)
-    results = _run(
-        read_stream(stream), data, backbone, cache, methods, seeds, steps, json, again, ranpac_width
-    )
-    _show(results, plots)
+    options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
+    described = read_stream(stream)
+    sources = open_stream(described, data)
+    _run(described, sources, _load_backbone(store, device, precision), cache, options)
 
 
 @bench.command()
@@ -121,52 +110,92 @@ def paper(
     chosen: Order = "fixed" if order == "fixed" else "shuffled"
     if order != chosen:
         raise typer.BadParameter(f"{order!r}: expected shuffled or fixed", param_hint="--order")
-    backbone = _load_backbone(store, device, precision)
-    if backbone.manifest.architecture != ARCHITECTURE:
-        err.print(
-            f"[yellow]the published figures are for {ARCHITECTURE}, this store has "
-            f"{backbone.manifest.architecture}[/yellow]"
-        )
+    options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
     stream = paper_stream(dataset, increment, chosen)
-    results = _run(stream, data, backbone, cache, methods, seeds, steps, json, again, ranpac_width)
-    _show(results, plots)
+    sources = open_stream(stream, data)
+    backbone = _load_backbone(store, device, precision)
+    for published, found in (
+        (f"{DATASETS[dataset].num_classes} classes", f"{len(sources[0].labels)} classes"),
+        (ARCHITECTURE, backbone.manifest.architecture),
+    ):
+        if found != published:
+            err.print(f"[yellow]not the published setting: {found}, published {published}[/yellow]")
+    _run(stream, sources, backbone, cache, options)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What both commands are told about the runs, checked."""
+
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: Steps
+    json: Path | None
+    plots: Path | None
+    again: tuple[str, ...]
+    ranpac_width: int
+
+    @classmethod
+    def parse(
+        cls,
+        methods: str,
+        seeds: str,
+        steps: str,
+        json: Path | None,
+        plots: Path | None,
+        again: str,
+        ranpac_width: int,
+    ) -> "_Options":
+        chosen: Steps = "last" if steps == "last" else "all"
+        if steps != chosen:
+            raise typer.BadParameter(f"{steps!r}: expected all or last", param_hint="--steps")
+        to_repeat = check_methods(_split(again)) if again else ()
+        return cls(
+            check_methods(_split(methods)), _seeds(seeds), chosen, json, plots, to_repeat, ranpac_width
+        )
 
 
 def _run(
     stream: Stream,
-    data: Path,
+    sources: tuple[PictureSource, ...],
     backbone: Backbone,
     cache: Path,
-    methods: str,
-    seeds: str,
-    steps: str,
-    json: Path | None,
-    again: str,
-    ranpac_width: int,
-) -> BenchmarkResults:
-    chosen = check_methods(_split(methods))
-    chosen_steps: Steps = "last" if steps == "last" else "all"
-    if steps != chosen_steps:
-        raise typer.BadParameter(f"{steps!r}: expected all or last", param_hint="--steps")
-    features = [_features(source, backbone, cache) for source in open_stream(stream, data)]
+    options: _Options,
+) -> None:
+    features = [_features(source, backbone, cache) for source in sources]
     config = {
         "stream": stream.model_dump(mode="json"),
-        "steps": chosen_steps,
+        "steps": options.steps,
         "backbone": backbone.fingerprint,
         "architecture": backbone.manifest.architecture,
         "precision": backbone.precision,
-        "ranpac_width": ranpac_width,
+        "ranpac_width": options.ranpac_width,
         "data_sha256": {one.name: one.data_sha256 for one in features},
     }
-    results = open_results(json, config).without(_split(again))
+    results = open_results(options.json, config).without(options.again)
 
     def done(method: str, seed: int, run: RunResult) -> None:
         seconds = sum(run.learn_s_by_task) + run.settle_s + run.answer_s
         line = f"{method}, seed {seed}: last accuracy {run.last_accuracy:.4f}, {seconds:.1f} s"
         err.print(line, highlight=False)
 
-    plan = Plan(stream, features, backbone.manifest, chosen, _seeds(seeds), chosen_steps, ranpac_width, done)
-    return run_benchmark(plan, results, json)
+    plan = Plan(
+        stream,
+        features,
+        backbone.manifest,
+        options.methods,
+        options.seeds,
+        options.steps,
+        options.ranpac_width,
+        done,
+    )
+    results = run_benchmark(plan, results, options.json)
+    Console(width=max(out.width, TABLE_WIDTH)).print(results_table(results))
+    if options.plots is not None:
+        from training.continual.plots import write_plots  # matplotlib takes a second to import
+
+        for path in write_plots(results, options.plots):
+            out.print(f"wrote {path}", highlight=False)
 
 
 def _load_backbone(store: str, device: str, precision: str) -> Backbone:
@@ -178,26 +207,6 @@ def _features(source: PictureSource, backbone: Backbone, cache: Path) -> Labelle
     opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
     threads = os.cpu_count() or 1
     return extract_features(source, backbone, opened, num_threads=threads, show_progress=err.is_terminal)
-
-
-def _show(results: BenchmarkResults, plots: Path | None) -> None:
-    """Means over the seeds, with the deviation of the last accuracy."""
-    columns = [one for one in _COLUMNS if any(one[1] in summary for summary in results.summary.values())]
-    rows = []
-    for method, summary in results.summary.items():
-        cells = [
-            f"{summary[name].mean * factor:.{digits}f}" if name in summary else "–"
-            for _, name, factor, digits in columns
-        ]
-        spread = 100.0 * summary["last_accuracy"].deviation
-        rows.append([method, cells[0], f"{spread:.1f}", *cells[1:]])
-    titles = [one[0] for one in columns]
-    print_table(["method", titles[0], "±", *titles[1:]], rows)
-    if plots is not None:
-        from training.continual.plots import write_plots  # matplotlib takes a second to import
-
-        for path in write_plots(results, plots):
-            out.print(f"wrote {path}", highlight=False)
 
 
 def _split(text: str) -> list[str]:

@@ -58,7 +58,7 @@ def tukey(x_ND: Tensor) -> Tensor:
 
 def shrunk_correlation(x_ND: Tensor) -> Tensor:
     """[D, D]: the covariance plus γ₁ times its mean variance on the diagonal and γ₂ times its mean
-    covariance off it, scaled to a unit diagonal (paper, equations 6 and 7)."""
+    covariance off it, scaled to a unit diagonal (the paper's shrinkage and normalisation)."""
     size = x_ND.shape[1]
     if len(x_ND) < 2:
         return torch.eye(size, dtype=x_ND.dtype)

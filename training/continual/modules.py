@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model_store.backbone import BackboneManifest
-from model_store.bank import Answer, ModuleBank, TaskModule
-from model_store.module_file import read_module
+from model_store.bank import Answer, ModuleBank
+from model_store.module_file import ModuleFile, read_module
 from model_store.selection import Selection, entropy
 from training.continual.method import Columns, Predictions, decide
 from training.continual.tasks import ContinualTask
@@ -23,8 +23,7 @@ BatchOrder = Literal["sorted", "shuffled"]
 
 
 class _Trained(NamedTuple):
-    module: TaskModule
-    size_bytes: int
+    file: ModuleFile
     seconds: float
 
 
@@ -42,19 +41,13 @@ class ModuleTrainer:
             return self._trained[key], self._trained[key].seconds
         started = time.monotonic()
         data = train_task(task.name, task.train, self.backbone, recipe=recipe, seed=seed).data
-        module = read_module(data).module
-        self._trained[key] = _Trained(module, len(data), time.monotonic() - started)
+        self._trained[key] = _Trained(read_module(data), time.monotonic() - started)
         return self._trained[key], 0.0
 
 
 @dataclass
 class ModuleMethod:
-    """The product: its trainer, its module files, its bank.
-
-    `default` is recipe "default" with selection "lda". `tosca_reference` is recipe "reference" with
-    selection "entropy" (Yildirim, Gok Yildirim, Vanschoren, TMLR 2026, arXiv 2502.14762), chosen for each
-    image alone, which the published code does not.
-    """
+    """The product: its trainer, its module files, its bank."""
 
     trainer: ModuleTrainer
     recipe: RecipeName
@@ -81,7 +74,7 @@ class ModuleMethod:
     def bank(self) -> ModuleBank:
         if self._bank is None:
             self._bank = ModuleBank.build(
-                [one.module for one in self._trained],
+                [one.file.module for one in self._trained],
                 revision=len(self._trained),
                 backbone_fingerprint=self.trainer.backbone.fingerprint,
                 feature_dim=self.trainer.backbone.feature_dim,
@@ -90,14 +83,14 @@ class ModuleMethod:
 
     @property
     def size_bytes(self) -> int:
-        return sum(one.size_bytes for one in self._trained)
+        return sum(one.file.size_bytes for one in self._trained)
 
     def predict(self, cls_ND: Tensor) -> Predictions:
         answers = self.bank.answer(cls_ND, selection=self.selection, top_k=len(self._column))
         return self._read(answers, torch.ones(len(self._column), dtype=torch.bool))
 
     def predict_within(self, cls_ND: Tensor, task: int) -> Predictions:
-        name = self._trained[task].module.task
+        name = self._trained[task].file.module.task
         answers = self.bank.answer(cls_ND, task=name, top_k=len(self._column))
         return self._read(answers, self.columns.task_C == task)
 
@@ -115,7 +108,21 @@ class ModuleMethod:
 
 
 @dataclass
-class BatchedEntropy(ModuleMethod):
+class Tosca(ModuleMethod):
+    """TOSCA with recipe "reference" and selection "entropy", for each image alone (Yildirim, Gok Yildirim,
+    Vanschoren, TMLR 2026, arXiv 2502.14762). With the task given LuCA and its head answer by themselves,
+    without the closed form that the product's bank adds within a task."""
+
+    def predict_within(self, cls_ND: Tensor, task: int) -> Predictions:
+        module = self._trained[task].file.module
+        prob_NC = cls_ND.new_zeros(len(cls_ND), len(self._column), dtype=torch.float64)
+        logits_NK = module.head(module.luca_output(cls_ND)).double()
+        prob_NC[:, self.columns.task_C == task] = torch.softmax(logits_NK, dim=1)
+        return decide(prob_NC, self.columns, "probability")
+
+
+@dataclass
+class BatchedTosca(Tosca):
     """As the published code answers: entropies averaged over PUBLISHED_BATCH pictures choose one module for
     all of them. `sorted` takes the pictures as they come, sorted by class as the published test loader has
     them, so that the batch gives the task away; `shuffled` mixes them first, as strangers' requests would.
@@ -132,9 +139,9 @@ class BatchedEntropy(ModuleMethod):
         return decide(prob_NC[order_N.argsort()], self.columns, "probability")
 
     def _answer_batch(self, cls_BD: Tensor) -> Tensor:
-        head_CD = torch.cat([F.normalize(one.module.head.weight_KD, dim=-1) for one in self._trained])
+        head_CD = torch.cat([F.normalize(one.file.module.head.weight_KD, dim=-1) for one in self._trained])
         best_entropy, best_BC = torch.inf, torch.empty(0)
-        for module in (one.module for one in self._trained):
+        for module in (one.file.module for one in self._trained):
             out_BD = F.normalize(module.luca_output(cls_BD), dim=-1)
             log_prob_BC = torch.log_softmax(module.head.scale * (out_BD @ head_CD.T).double(), dim=1)
             uncertainty = float(entropy(log_prob_BC).mean())

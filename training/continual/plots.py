@@ -13,6 +13,7 @@ _PANELS = (
     ("selection_accuracy", "right task"),
     ("accuracy_given_task", "right class, task given"),
 )
+_PANELS_A_ROW = 4
 
 
 def write_plots(results: BenchmarkResults, folder: Path) -> list[Path]:
@@ -40,7 +41,7 @@ def write_plots(results: BenchmarkResults, folder: Path) -> list[Path]:
 
 def _plot_curves(curves: dict[str, list[RunResult]], path: Path) -> Path:
     """Mean over the seeds, which are drawn faintly."""
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
     for axes, (field, title) in zip(figure.subplots(1, len(_PANELS), sharey=True), _PANELS, strict=True):
         for i, (name, runs) in enumerate(curves.items()):
             lines = [[getattr(step, field) for step in run.steps] for run in runs]
@@ -51,9 +52,11 @@ def _plot_curves(curves: dict[str, list[RunResult]], path: Path) -> Path:
             for line in lines:
                 axes.plot(tasks, line, color=colour, alpha=0.15)
         axes.set(title=title, xlabel="tasks learnt")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("accuracy")
-    figure.axes[-1].legend(fontsize="small")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path, dpi=110)
     return path
 
@@ -74,21 +77,25 @@ def _plot_matrix(name: str, run: RunResult, path: Path) -> Path:
 
 
 def _plot_reliability(calibrated: dict[str, list[RunResult]], path: Path) -> Path:
-    """Accuracy against confidence after the last task, the pictures of all seeds together."""
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    for i, (name, runs) in enumerate(calibrated.items()):
-        points = []
+    """Accuracy against confidence after the last task, the pictures of all seeds together; one panel a
+    method, the size of a point tells how many pictures its bin holds."""
+    rows = -(-len(calibrated) // _PANELS_A_ROW)
+    figure = Figure(figsize=(3.2 * _PANELS_A_ROW, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, _PANELS_A_ROW, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, runs) in zip(panels, calibrated.items(), strict=False):
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+        total = sum(run.num_pictures for run in runs)
         for k in range(NUM_BINS):
             bins = [run.reliability[k] for run in runs if run.reliability is not None]
             count = sum(one[0] for one in bins)
             if count:
-                points.append([sum(one[0] * one[part] for one in bins) / count for part in (1, 2)])
-        marker = "s" if i >= 10 else "o"
-        confidence, accuracy = zip(*points, strict=True)
-        axes.plot(confidence, accuracy, f"{marker}-", color=f"C{i % 10}", label=name, alpha=0.8)
-    axes.set(title="reliability", xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(fontsize="small")
+                confidence, accuracy = (sum(one[0] * one[part] for one in bins) / count for part in (1, 2))
+                axes.scatter(confidence, accuracy, s=10.0 + 300.0 * count / total, color="C0", alpha=0.7)
+        axes.set_title(name, fontsize="small")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    for axes in list(panels):
+        axes.set_axis_off()
+    figure.supxlabel("confidence")
+    figure.supylabel("accuracy")
     figure.savefig(path, dpi=110)
     return path

@@ -9,7 +9,7 @@ from training.continual.class_means import Lda, SimpleCil
 from training.continual.joint_linear import JointLinear
 from training.continual.mahalanobis import FeCam
 from training.continual.method import Method
-from training.continual.modules import BatchedEntropy, ModuleMethod, ModuleTrainer
+from training.continual.modules import BatchedTosca, ModuleMethod, ModuleTrainer, Tosca
 from training.continual.random_ridge import PUBLISHED_WIDTH, RanPac
 
 
@@ -33,7 +33,7 @@ class MethodEntry:
 
 
 def _reference(workshop: Workshop, seed: int) -> Method:
-    return ModuleMethod(workshop.trainer, "reference", "entropy", seed)
+    return Tosca(workshop.trainer, "reference", "entropy", seed)
 
 
 def _default(workshop: Workshop, seed: int) -> Method:
@@ -50,11 +50,11 @@ METHODS: dict[str, MethodEntry] = {
     "joint_linear": MethodEntry(lambda _, seed: JointLinear(seed), about="logistic regression on everything"),
     "tosca_reference": MethodEntry(_reference, about="TOSCA, entropy of each image"),
     "tosca_reference_batched_sorted": MethodEntry(
-        lambda w, seed: BatchedEntropy(w.trainer, "reference", "entropy", seed, "sorted"),
+        lambda w, seed: BatchedTosca(w.trainer, "reference", "entropy", seed, "sorted"),
         about="TOSCA as published: class-sorted batches leak the task",
     ),
     "tosca_reference_batched_shuffled": MethodEntry(
-        lambda w, seed: BatchedEntropy(w.trainer, "reference", "entropy", seed, "shuffled"),
+        lambda w, seed: BatchedTosca(w.trainer, "reference", "entropy", seed, "shuffled"),
         about="TOSCA, batches of strangers",
     ),
     "tosca_reference_oracle": MethodEntry(_reference, told_task=True, about="TOSCA, true task given"),

@@ -67,7 +67,7 @@ def _open_alphabet(folder: Path, train_per_class: int) -> PictureSource:
             pictures[split].append(LabelledPicture(file, class_folder.name, split))
     if len(classes) < 2:
         raise InvalidDataset(f"{folder}: an alphabet needs at least two class folders")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", folder.name).strip("_")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", folder.name).strip("_")
     labels = tuple(one.name for one in classes)
     return PictureSource(name, (*pictures["train"], *pictures["test"]), labels)
 

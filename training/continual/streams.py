@@ -14,7 +14,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from model_store.errors import InvalidDataset
-from model_store.module_file import TaskName
+from model_store.manifest import TaskName
 
 Scenario = Literal["class-incremental", "domain-incremental", "mixed"]
 Order = Literal["shuffled", "fixed"]

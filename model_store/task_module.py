@@ -1,0 +1,52 @@
+"""One task version in memory: the two experts that score its classes, and what its file says of it."""
+# B batch, K classes, D features
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model_store.calibration import CalibrationSet
+from model_store.landmarks import LandmarkRidge, Standardisation
+from model_store.luca import CosineHead, LuCA
+from model_store.statistics import ClassStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class TaskModule:
+    """One task version, as its module file holds it. Treat every tensor as read-only.
+
+    Two experts score the task's classes: LuCA with its cosine head, and a closed-form ridge on landmarks.
+    The trainer weighs them by how well they did on vectors they had not seen; a weight may be 0.
+    """
+
+    task: str
+    labels: tuple[str, ...]
+    sha256: str
+    standardisation: Standardisation | None  # None: LuCA reads the CLS vector as it is
+    luca: LuCA
+    head: CosineHead
+    ridge: LandmarkRidge
+    luca_weight: float
+    ridge_weight: float
+    statistics: ClassStatistics
+    calibration: CalibrationSet
+
+    @torch.inference_mode()
+    def luca_output(self, cls_BD: Tensor) -> Tensor:
+        """[B, D] recalibrated features; LuCA reads unit vectors times √D when inputs are standardised."""
+        if self.standardisation is not None:
+            cls_BD = self.standardisation(cls_BD) * cls_BD.shape[1] ** 0.5
+        out_BD: Tensor = self.luca(cls_BD)
+        return out_BD
+
+    @torch.inference_mode()
+    def logits(self, cls_BD: Tensor) -> Tensor:
+        """[B, K] float32 logits of [B, D] CLS vectors, on the scale of log-probabilities."""
+        logits_BK = cls_BD.new_zeros(cls_BD.shape[0], len(self.labels))
+        if self.luca_weight > 0.0:
+            logits_BK = logits_BK + self.luca_weight * self.head(self.luca_output(cls_BD))
+        if self.ridge_weight > 0.0:
+            assert self.standardisation is not None, "the ridge reads standardised vectors"
+            logits_BK = logits_BK + self.ridge_weight * self.ridge.scores(self.standardisation(cls_BD))
+        return logits_BK

@@ -1,0 +1,102 @@
+"""Preprocessing is timm's own evaluation transform, pixel for pixel."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import encoded, noise
+from PIL import Image, ImageFilter
+
+from model_store.preprocess import ImageLimits, Preprocessing, load_pixels, to_pixels
+from model_store.timm_import import load_timm
+
+LIMITS = ImageLimits()
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIZES = [(224, 224), (300, 200), (200, 300), (640, 481), (37, 911), (911, 37), (1, 1), (3, 50), (225, 224)]
+
+
+def preprocessing(
+    height: int = 224, width: int = 224, crop_fraction: float = 0.875, interpolation: str = "bicubic"
+) -> Preprocessing:
+    return Preprocessing(
+        height=height,
+        width=width,
+        crop_fraction=crop_fraction,
+        interpolation=interpolation,  # type: ignore[arg-type]
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+    )
+
+
+def timm_transform(chosen: Preprocessing, *, normalize: bool) -> Any:
+    load_timm()
+    from timm.data import create_transform
+
+    return create_transform(
+        input_size=(3, chosen.height, chosen.width),
+        is_training=False,
+        interpolation=chosen.interpolation,
+        mean=chosen.mean,
+        std=chosen.std,
+        crop_pct=chosen.crop_fraction,
+        normalize=normalize,
+    )
+
+
+def smooth(size: tuple[int, int]) -> Image.Image:
+    return noise(seed=size[0], size=size, spread=120).filter(ImageFilter.GaussianBlur(1.5))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("crop_fraction", [0.875, 0.9, 1.0])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos"])
+def test_pixels_equal_those_of_timm(size: tuple[int, int], crop_fraction: float, interpolation: str) -> None:
+    chosen = preprocessing(crop_fraction=crop_fraction, interpolation=interpolation)
+    image = smooth(size)
+    expected = timm_transform(chosen, normalize=False)(image)
+    assert torch.equal(to_pixels(image, chosen, LIMITS), expected)
+
+
+@pytest.mark.parametrize("side", [32, 56, 98, 384, 518])
+def test_pixels_equal_those_of_timm_at_other_sizes(side: int) -> None:
+    for crop_fraction in (0.9, 0.95, 1.0):
+        chosen = preprocessing(side, side, crop_fraction)
+        image = smooth((333, 250))
+        assert torch.equal(
+            to_pixels(image, chosen, LIMITS), timm_transform(chosen, normalize=False)(image)
+        ), crop_fraction
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (500, 200), (64, 64)])
+def test_pixels_of_an_oblong_input_equal_those_of_timm(size: tuple[int, int]) -> None:
+    for height, width, crop_fraction in ((192, 256, 1.0), (256, 192, 0.9), (128, 256, 0.875)):
+        chosen = preprocessing(height, width, crop_fraction)
+        image = smooth(size)
+        expected = timm_transform(chosen, normalize=False)(image)
+        assert torch.equal(to_pixels(image, chosen, LIMITS), expected), (height, width)
+
+
+def test_normalised_pixels_equal_those_of_timm() -> None:
+    """Our backbone normalises on the device: (pixel / 255 − mean) / std."""
+    chosen, image = preprocessing(), smooth((300, 200))
+    mean_C11, std_C11 = (torch.tensor(one).view(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
+    ours = (to_pixels(image, chosen, LIMITS).float() / 255 - mean_C11) / std_C11
+    torch.testing.assert_close(ours, timm_transform(chosen, normalize=True)(image), rtol=0, atol=1e-5)
+
+
+def test_pixels_are_bytes_channel_first() -> None:
+    pixels_CHW = load_pixels(encoded(noise(size=(50, 40))), preprocessing(32, 48, 1.0), LIMITS)
+    assert (pixels_CHW.shape, pixels_CHW.dtype) == ((3, 32, 48), torch.uint8)
+    assert pixels_CHW.is_contiguous()
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    image = smooth((224, 224))
+    pixels_CHW = to_pixels(image, preprocessing(crop_fraction=1.0), LIMITS)
+    assert np.array_equal(pixels_CHW.permute(1, 2, 0).numpy(), np.asarray(image))
+
+
+def test_loading_is_deterministic() -> None:
+    data = encoded(smooth((123, 77)), "JPEG")
+    assert torch.equal(load_pixels(data, preprocessing(), LIMITS), load_pixels(data, preprocessing(), LIMITS))
