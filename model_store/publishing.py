@@ -86,8 +86,7 @@ class Publisher:
         file = self.admit(data)
         task = file.manifest.task
 
-        def change(parent: Revision) -> Mapping[str, str]:
-            return with_task(task, file.sha256)(parent)
+        change = with_task(task, file.sha256)
 
         def publish(parent: ActiveSet, outcome: Outcome) -> Revision:
             if outcome.harmed and not force:

@@ -321,6 +321,16 @@ def test_health_is_that_of_the_active_bank_after_every_change(
     assert reused == fresh
 
 
+def test_health_is_measured_anew_after_others_published(
+    publisher: Publisher, rival: bytes, make: Callable[..., bytes]
+) -> None:
+    Publisher(ModelStore(publisher.store.url)).register(rival, force=True)
+    impact = publisher.register(make("dogs"), dry_run=True).impact
+    assert impact == Publisher(publisher.store).register(make("dogs"), dry_run=True).impact
+    before = {one.task: one.before for one in impact.tasks}["birds"]
+    assert before is not None and before.accuracy < 1.0, "the rival must have done harm"
+
+
 # -- other writers -----------------------------------------------------------------------------------
 
 

@@ -16,10 +16,18 @@ SERVICE_IMAGE = "tosca-serving:local"
 TRAINER_IMAGE = "tosca-trainer:local"
 
 
-def run(*command: str, timeout_s: float = 120, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, timeout_s: float = 120, check: bool = True, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command at the repository's root; its output is in the error when it fails."""
     result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=timeout_s, check=False
+        command,
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
     )
     if check and result.returncode:
         raise AssertionError(
@@ -51,7 +59,9 @@ class Stack:
         env = {"TOSCA_PORT": str(self.port), "TOSCA_PROXY_PORT": str(self.proxy_port)}
         env |= {"TOSCA_PICTURES": str(self.pictures), "TOSCA_BIND": "127.0.0.1"}
         if run("docker", "buildx", "version", check=False).returncode:
-            env["DOCKER_BUILDKIT"] = "0"  # an engine without the build component still has the classic builder
+            env["DOCKER_BUILDKIT"] = (
+                "0"  # an engine without the build component still has the classic builder
+            )
         command = [*self.command, "-p", self.project, *arguments]
         return run(*command, timeout_s=timeout_s, check=check, **env).stdout
 
@@ -90,7 +100,9 @@ class Stack:
             except (OSError, http.client.HTTPException, ValueError):
                 pass
             time.sleep(0.1)
-        raise AssertionError(f"not ready within {timeout_s} s:\n{self.compose('logs', '--tail', '40', check=False)}")
+        raise AssertionError(
+            f"not ready within {timeout_s} s:\n{self.compose('logs', '--tail', '40', check=False)}"
+        )
 
     def wait_healthy(self, service: str = "service", timeout_s: float = 90) -> None:
         deadline = time.monotonic() + timeout_s

@@ -63,7 +63,9 @@ def test_up_gets_healthy_from_nothing(stack: Stack) -> None:
     started = time.monotonic()
     stack.compose("up", "-d", timeout_s=600)
     ready = stack.wait_ready()
-    stack.note(f"first start, with backbone and demo tasks made: ready after {time.monotonic() - started:.1f} s")
+    stack.note(
+        f"first start, with backbone and demo tasks made: ready after {time.monotonic() - started:.1f} s"
+    )
     stack.wait_healthy()
     assert ready["num_tasks"] == 2
 
@@ -74,7 +76,7 @@ def test_it_runs_unprivileged_on_a_read_only_root(stack: Stack) -> None:
     assert "CapEff:\t0000000000000000" in status
     touched = run("docker", "exec", stack.container(), "touch", "/app/x", check=False)
     assert touched.returncode != 0
-    assert stack.inspect("{{(index (index .HostConfig.PortBindings \"8000/tcp\") 0).HostIp}}") == "127.0.0.1"
+    assert stack.inspect('{{(index (index .HostConfig.PortBindings "8000/tcp") 0).HostIp}}') == "127.0.0.1"
 
 
 def test_it_predicts_a_demo_picture(stack: Stack, demo_picture: bytes) -> None:
@@ -151,8 +153,10 @@ def test_kill_loses_nothing_acknowledged(stack: Stack, shapes_module: bytes) -> 
         seconds.append(time.monotonic() - started)
         assert ready["num_tasks"] == (2 if change == "remove" else 3)
     assert_knows_shapes(stack)
-    stack.note(f"4 × SIGKILL right after an acknowledged change: nothing lost, ready again after "
-               f"{min(seconds):.1f} to {max(seconds):.1f} s")
+    stack.note(
+        f"4 × SIGKILL right after an acknowledged change: nothing lost, ready again after "
+        f"{min(seconds):.1f} to {max(seconds):.1f} s"
+    )
 
 
 class Load:

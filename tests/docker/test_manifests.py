@@ -54,7 +54,9 @@ def test_compose_passes_only_settings_that_exist() -> None:
 
 
 @pytest.fixture(scope="module", params=OVERLAYS)
-def manifests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def manifests(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Any]]:
     """One rendered overlay: the file and its documents."""
     folder = f"deploy/kubernetes/{request.param}"
     if shutil.which("kubectl"):

@@ -39,7 +39,7 @@ def arrange(stream: Stream, features: Sequence[LabelledFeatures], seed: int) -> 
         order = _order(stream, num_classes, seed)
         size = stream.split.classes_per_task
         parts = [
-            restrict(whole, order[start : start + size], f"{whole.name}-{i:02d}")
+            restrict(whole, order[start : start + size], f"{stream.name}-{i:02d}")
             for i, start in enumerate(range(0, num_classes, size))
         ]
         if len(parts) < 2:
