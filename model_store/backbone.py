@@ -66,10 +66,9 @@ def build_model(architecture: str, image_size: tuple[int, int] | None = None, **
     timm = load_timm()
     if not timm.is_model(architecture):
         raise InvalidBackbone(f"timm knows no model named {architecture!r}")
-    native = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
-    if native is None:
+    if "." in architecture and architecture not in timm.list_pretrained(architecture):
         raise InvalidBackbone(f"timm knows no weights {architecture!r}")
-    native_size = native.input_size[1:]
+    native_size = timm.get_pretrained_cfg(architecture).input_size[1:]
     if image_size is not None and image_size != native_size:
         kwargs["img_size"] = image_size
     try:

@@ -75,6 +75,8 @@ def from_checkpoint(architecture: str, path: Path, *, image_size: int | None = N
             str(getattr(native, "pretrained_cfg", {}).get("classifier")),
         ):
             state = {name: value for name, value in state.items() if not name.startswith(f"{classifier}.")}
+        if not state:  # timm would take an empty state for none and ask its hub
+            raise InvalidBackbone("it holds no weights")
         # With no classifier left on either side timm loads strictly: a missing weight is an error.
         overlay = {"state_dict": state, "num_classes": 0, "classifier": None, "custom_load": False}
         model = build_model(architecture, size, pretrained=True, pretrained_cfg_overlay=overlay)

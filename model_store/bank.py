@@ -146,6 +146,8 @@ class ModuleBank:
         top_k: int = 5,
     ) -> list[Answer]:
         """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides."""
+        if top_k < 1:
+            raise InvalidRequest(f"top_k is {top_k}, at least 1 is needed")
         if not self.modules:
             raise InvalidRequest("no task is registered yet: register a module file first")
         cls_BD = cls_BD.to(self.device, torch.float32)

@@ -52,7 +52,7 @@ def main() -> None:
     try:
         app()
     except ToscaError as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False)
+        err.print(f"error: {error}", style="red")
         sys.exit(1)
     except BrokenPipeError:  # the reader of a pipe went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -98,7 +98,7 @@ def backbone_add(
             {"fingerprint": fingerprint, "revision": revision.number} | _backbone_row(artefact.manifest)
         )
     else:
-        out.print(f"backbone [bold]{artefact.manifest.architecture}[/bold] is {fingerprint}", highlight=False)
+        out.print(f"backbone {artefact.manifest.architecture} is {fingerprint}")
 
 
 @backbone_app.command("list")

@@ -22,8 +22,9 @@ PrecisionOption = Annotated[
     str, typer.Option("--precision", envvar="TOSCA_PRECISION", help="auto, float32 or bfloat16.")
 ]
 
-out = Console()
-err = Console(stderr=True)
+# No markup: task names, labels, reasons and paths are printed as they are, brackets and all.
+out = Console(markup=False, highlight=False)
+err = Console(stderr=True, markup=False, highlight=False)
 
 
 def print_json(value: Any) -> None:

@@ -81,16 +81,12 @@ def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
     data = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     payload = safetensors.torch.save(data)
-    metadata = {"format": FORMAT, "manifest": text, "digest": _content_digest(text, payload)}
-    return _with_metadata(payload, metadata)
-
-
-def _with_metadata(payload: bytes, metadata: dict[str, str]) -> bytes:
-    """A safetensors file with metadata in a fixed order; the library's own order changes from run to run."""
     (header_bytes,) = struct.unpack("<Q", payload[:8])
     entries = json.loads(payload[8 : 8 + header_bytes])
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), sort_keys=True)
-    header = text.encode() + b" " * (-len(text) % 8)
+    metadata = {"format": FORMAT, "manifest": text, "digest": _content_digest(text, entries, payload)}
+    # The library writes metadata in an order that changes from run to run; a file's identity must not.
+    header = _compact({"__metadata__": metadata, **entries}).encode()
+    header += b" " * (-len(header) % 8)
     return struct.pack("<Q", len(header)) + header + payload[8 + header_bytes :]
 
 
@@ -185,12 +181,17 @@ def check_module(file: ModuleFile, backbone: BackboneManifest) -> None:
         )
 
 
-def _content_digest(manifest_text: str, data: bytes) -> str:
-    """SHA-256 over the manifest's text and everything behind the header (layout and values of tensors)."""
+def _content_digest(manifest_text: str, entries: dict[str, Any], data: bytes) -> str:
+    """SHA-256 over the manifest's text, the header's entries (sorted, compact JSON) and the tensor bytes."""
     (header_bytes,) = struct.unpack("<Q", data[:8])
     digest = hashlib.sha256(manifest_text.encode())
+    digest.update(_compact(entries).encode())
     digest.update(memoryview(data)[8 + header_bytes :])
     return digest.hexdigest()
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
 def _read_header(data: bytes) -> tuple[ModuleManifest, dict[str, Any]]:
@@ -212,7 +213,7 @@ def _read_header(data: bytes) -> tuple[ModuleManifest, dict[str, Any]]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT or "manifest" not in metadata:
         raise InvalidModule(f"a safetensors file, but no module: its metadata lacks format {FORMAT!r}")
     text = str(metadata["manifest"])
-    if not text.isascii() or metadata.get("digest") != _content_digest(text, data):
+    if not text.isascii() or metadata.get("digest") != _content_digest(text, entries, data):
         raise InvalidModule("the file was damaged or altered: its content does not match its own digest")
     try:
         return ModuleManifest.model_validate_json(text), entries

@@ -7,7 +7,6 @@ and standard deviation the backbone was trained with. Pixels stay uint8 until th
 
 import io
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,10 +60,8 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
     # Pillow's parsers raise whatever a hostile file provokes, from SyntaxError to struct.error: anything
     # that goes wrong while reading somebody's bytes is a fault of those bytes.
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own size warning; our limit is checked below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(f"image declares too many pixels, the limit is {limits.max_pixels}") from error
     except UnidentifiedImageError as error:
         raise UnsupportedImageFormat(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
@@ -73,9 +70,7 @@ def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
     if image.width * image.height > limits.max_pixels:
         raise ImageTooLarge(f"image is {image.width}×{image.height} pixels, the limit is {limits.max_pixels}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
 

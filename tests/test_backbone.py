@@ -112,7 +112,6 @@ def test_an_unknown_name_is_refused(architecture: str) -> None:
         from_timm(architecture, pretrained=False)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="timm's RuntimeError comes through")
 def test_an_unknown_weight_tag_is_refused() -> None:
     with pytest.raises(InvalidBackbone, match="nosuchtag"):
         from_timm(f"{TINY}.nosuchtag", pretrained=False)
@@ -278,12 +277,7 @@ def _bad_checkpoints(folder: Path, artefact: BackboneArtefact) -> dict[str, Path
         "nested.pth",
         "wider",
         "incomplete",
-        pytest.param(
-            "empty",
-            marks=pytest.mark.xfail(
-                strict=True, reason="timm takes an empty state dict for none, asks the hub"
-            ),
-        ),
+        "empty",
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(

@@ -429,19 +429,16 @@ def test_help_names_every_command(tosca: Tosca) -> None:
 # -- printing what strangers wrote -------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="rich takes [/…] in the message for markup and crashes")
 def test_a_fault_with_brackets_is_printed_as_it_is(tosca: Tosca) -> None:
     tosca("backbone", "add", TINY, "--random-weights", "--image-size", 32)
     assert_fault(tosca("train", "--task", "t", "--data", "data [/old]"), "data [/old] does not exist")
 
 
-@pytest.mark.xfail(strict=True, reason="rich takes [new] for markup and swallows it")
 def test_a_reason_with_brackets_is_printed_as_it_is(trained: Tosca) -> None:
     trained("tasks", "remove", "colours", "--reason", "[new] cleaning up")
     assert "[new] cleaning up" in trained("revisions", "list").out
 
 
-@pytest.mark.xfail(strict=True, reason="rich takes [/b] for markup, and the list can never be printed again")
 def test_a_reason_cannot_break_the_list_of_revisions(trained: Tosca) -> None:
     trained("tasks", "remove", "colours", "--reason", "done [/b]")
     assert trained("revisions", "list").code == 0

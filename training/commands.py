@@ -88,7 +88,7 @@ def train(
     backbone = _load_backbone(opened, device, precision)
     features = _features(source, backbone, cache, max_corrupt)
     for line in features.skipped:
-        err.print(f"[yellow]skipped[/yellow] {line}", highlight=False)
+        err.print(f"skipped {line}", style="yellow")
     started = time.monotonic()
     trained = train_task(task, features, backbone.manifest, recipe=chosen_recipe, flow=chosen_flow, seed=seed)
     seconds = time.monotonic() - started
@@ -105,12 +105,11 @@ def train(
         print_json(result)
         return
     out.print(
-        f"[bold]{task}[/bold]: {len(features.labels)} classes, {len(features.label_N)} pictures "
+        f"{task}: {len(features.labels)} classes, {len(features.label_N)} pictures "
         f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
         f"held-out {_figures(trained)} ({trained.held_out.evidence})\n"
         f"report {result['report']}\n"
-        + (f"wrote {output}" if output else f"published as revision {result['revision']}"),
-        highlight=False,
+        + (f"wrote {output}" if output else f"published as revision {result['revision']}")
     )
 
 
@@ -208,7 +207,7 @@ def demo(
         features = _features(open_source(pictures[task]), backbone, cache, 0.0)
         trained = train_task(task, features, backbone.manifest)
         _keep(trained, opened, None, folder / "reports", force=False)
-        out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}", highlight=False)
+        out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}")
 
 
 def _load_backbone(store: ModelStore, device: str, precision: str) -> Backbone:

@@ -47,9 +47,20 @@ def raw(header: bytes, payload: bytes = b"") -> bytes:
 def sealed(header: Header, payload: bytes) -> bytes:
     """A file whose digest is right for its content, as a hostile trainer would write it."""
     metadata = header["__metadata__"]
-    digest = hashlib.sha256(metadata["manifest"].encode("utf-8", "surrogatepass") + payload)
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    layout = json.dumps(entries, separators=(",", ":"), sort_keys=True)
+    digest = hashlib.sha256(metadata["manifest"].encode("utf-8", "surrogatepass"))
+    digest.update(layout.encode() + payload)
     metadata["digest"] = digest.hexdigest()
     return raw(json.dumps(header).encode(), payload)
+
+
+def test_tensors_that_trade_places_are_noticed() -> None:
+    """Equal shapes, other offsets: only the digest over the header's entries can tell."""
+    header, payload = split()
+    header["luca.w1"], header["luca.v1"] = header["luca.v1"], header["luca.w1"]
+    with pytest.raises(InvalidModule, match="does not match its own digest"):
+        read_module(raw(json.dumps(header).encode(), payload))
 
 
 def with_header(change: Callable[[Header], object]) -> bytes:

@@ -199,10 +199,15 @@ class Load:
                 time.sleep(0.02)
 
 
-def drain(stack: Stack, picture: bytes, service: str, port: int, seconds: float = 4.0) -> tuple[Load, float]:
+def drain(
+    stack: Stack, picture: bytes, service: str, port: int, num_answered: int = 40
+) -> tuple[Load, float]:
     """Load, `docker stop` amid it; the load and when the stop was asked for."""
     with Load(port, picture, num_clients=8) as load:
-        time.sleep(seconds)
+        for _ in range(1200):  # at most two minutes
+            if len(load.sent) >= num_answered:
+                break
+            time.sleep(0.1)
         stopped_at = time.monotonic()
         run("docker", "stop", "-t", "45", stack.container(service))
         ended_at = time.monotonic()
@@ -215,7 +220,7 @@ def drain(stack: Stack, picture: bytes, service: str, port: int, seconds: float 
         f"flight, {len(failed)} failed; sent after it and answered: {sum(one[2] == '200' for one in later)}; "
         f"stopped in {ended_at - stopped_at:.1f} s"
     )
-    assert len(before) > 10
+    assert len(before) >= num_answered
     assert in_flight, "the stop must hit requests in flight"
     assert not failed, failed[:5]
     return load, stopped_at

@@ -119,7 +119,7 @@ def paper(
         (ARCHITECTURE, backbone.manifest.architecture),
     ):
         if found != published:
-            err.print(f"[yellow]not the published setting: {found}, published {published}[/yellow]")
+            err.print(f"not the published setting: {found}, published {published}", style="yellow")
     _run(stream, sources, backbone, cache, options)
 
 
@@ -177,7 +177,7 @@ def _run(
     def done(method: str, seed: int, run: RunResult) -> None:
         seconds = sum(run.learn_s_by_task) + run.settle_s + run.answer_s
         line = f"{method}, seed {seed}: last accuracy {run.last_accuracy:.4f}, {seconds:.1f} s"
-        err.print(line, highlight=False)
+        err.print(line)
 
     plan = Plan(
         stream,
@@ -195,7 +195,7 @@ def _run(
         from training.continual.plots import write_plots  # matplotlib takes a second to import
 
         for path in write_plots(results, options.plots):
-            out.print(f"wrote {path}", highlight=False)
+            out.print(f"wrote {path}")
 
 
 def _load_backbone(store: str, device: str, precision: str) -> Backbone:

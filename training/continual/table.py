@@ -2,6 +2,7 @@
 
 from rich.table import Column, Table
 
+from training.continual.registry import METHODS
 from training.continual.results import BenchmarkResults
 
 TABLE_WIDTH = 132  # below it the names of methods would be cut
@@ -22,7 +23,8 @@ def results_table(results: BenchmarkResults) -> Table:
     """Means over the seeds, with the deviation of the last accuracy; figures nobody has are left out."""
     columns = [one for one in _COLUMNS if any(one[1] in summary for summary in results.summary.values())]
     table = Table(Column("method", no_wrap=True), "seeds", *(title for title, *_ in columns), "± last")
-    for method, summary in results.summary.items():
+    for method in (name for name in METHODS if name in results.summary):
+        summary = results.summary[method]
         last = summary["last_accuracy"]
         cells = [
             f"{summary[name].mean * factor:.{digits}f}" if name in summary else "–"
