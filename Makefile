@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow bench constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker bench constraints clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,15 @@ test: demo ## the fast tests, on the real backbone and real pictures
 
 test-slow: demo ## tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for real; needs Docker, takes minutes
+	TOSCA_DOCKER_TESTS=1 $(BIN)/pytest tests/docker --timeout 2400 -rs -s
+
+# In an environment of their own, so that constraints.txt stays what the product needs.
+.tosca/docker-tools/.installed:
+	$(PYTHON) -m venv .tosca/docker-tools
+	.tosca/docker-tools/bin/python -m pip install --quiet check-jsonschema==0.39.0 kubernetes-validate==1.37.0
+	touch $@
 
 bench: demo ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
