@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import DEMO_PICTURES
 from pictures import encoded, noise
+from synthetic import DEMO_PICTURES
 
 from model_store.backbone import Backbone, BackboneArtefact, build_model, resolve_device, resolve_precision
 from model_store.backbone_sources import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from churn import churn, find_mismatches
-from conftest import DEMO_PICTURES
 from serving import running_server
+from synthetic import DEMO_PICTURES
 
 from model_store.backbone import Backbone
 from model_store.module_file import read_module

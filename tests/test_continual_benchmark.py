@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_features
 from pictures import write_splits
 from random_modules import backbone_manifest
+from synthetic import make_features
 from typer.testing import CliRunner
 
 import training.continual.runner as runner_module

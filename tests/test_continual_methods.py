@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
-from conftest import make_features
 from random_modules import backbone_manifest
+from synthetic import make_features
 from torch import Tensor
 
 from training.continual.class_means import SHRINKAGE, Lda, SimpleCil

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_features
 from pictures import encoded, noise, write_splits
+from synthetic import make_features
 
 from model_store.errors import InvalidDataset
 from training.continual.protocol import DATASETS, SEEDS, paper_stream

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_features
+from synthetic import make_features
 
 from model_store.backbone import BackboneArtefact, BackboneManifest
 from model_store.errors import (

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_features
 from PIL import Image
 from random_modules import backbone_manifest
+from synthetic import make_features
 
 from training.report import confusion_matrix, write_report
 from training.trainer import HeldOutResult, TrainedTask, train_task

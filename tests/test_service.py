@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_features
 from PIL import Image
 from starlette.testclient import TestClient
+from synthetic import make_features
 
 from model_store.backbone import Backbone
 from model_store.publishing import Publisher

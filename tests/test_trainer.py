@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import make_features
 from random_modules import backbone_manifest
+from synthetic import make_features
 
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidDataset, ToscaError
