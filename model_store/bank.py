@@ -295,13 +295,13 @@ class ModuleBank:
         calibration = module.calibration
         rows = torch.arange(len(calibration), device=self.device) if rows is None else rows
         x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
-        score_NK = self.selector.scores(x_ND)
         count_N = module.statistics.count_K.to(self.device)[label_N]
         inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
-        if bool(inside_N.any()):
-            score_NK[inside_N] = self.selector.leave_one_out_scores(
-                x_ND[inside_N], label_N[inside_N] + self.first_class[t], count_N[inside_N]
-            )
+        score_NK = x_ND.new_empty((len(rows), len(self.task_of_class_K)), dtype=torch.float64)
+        score_NK[~inside_N] = self.selector.scores(x_ND[~inside_N])
+        score_NK[inside_N] = self.selector.leave_one_out_scores(
+            x_ND[inside_N], label_N[inside_N] + self.first_class[t], count_N[inside_N]
+        )
         return score_NK
 
     def _sampled_evidence(self) -> list[Evidence]:
