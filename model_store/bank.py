@@ -233,8 +233,7 @@ class ModuleBank:
         best_prob_BK = cls_BD.new_zeros((cls_BD.shape[0], head_KD.shape[0]), dtype=torch.float64)
         winner_B = torch.zeros(cls_BD.shape[0], dtype=torch.int64, device=self.device)
         for t, module in enumerate(self.modules):
-            out_BD = F.normalize(module.luca_output(cls_BD), dim=-1)
-            log_prob_BK = torch.log_softmax(module.head.scale * (out_BD @ head_KD.T).double(), dim=1)
+            log_prob_BK = module.log_probs_over(cls_BD, head_KD)
             entropy_B = entropy(log_prob_BK)
             better_B = entropy_B < best_entropy_B
             best_entropy_B = torch.where(better_B, entropy_B, best_entropy_B)

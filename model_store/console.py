@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+Choice = TypeVar("Choice", bound=str)
 DEFAULT_STORE = ".tosca/store"
 
 StoreOption = Annotated[
@@ -37,6 +38,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     out.print(table)
+
+
+def choose(value: str, allowed: tuple[Choice, ...], option: str) -> Choice:
+    """The allowed value that was given; anything else is a usage error of `option`."""
+    for one in allowed:
+        if one == value:
+            return one
+    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(allowed)}", param_hint=option)
 
 
 def read_file(path: Path) -> bytes:

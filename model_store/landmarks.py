@@ -37,6 +37,11 @@ class Standardisation:
     def __call__(self, cls_BD: Tensor) -> Tensor:
         return F.normalize((cls_BD - self.mean_D) * self.scale_D, dim=-1)
 
+    def luca_input(self, cls_BD: Tensor) -> Tensor:
+        """What LuCA reads: the unit vectors times √D, so that entries are of order 1."""
+        root: float = cls_BD.shape[1] ** 0.5
+        return self(cls_BD) * root
+
 
 @dataclass(frozen=True, slots=True)
 class LandmarkRidge:

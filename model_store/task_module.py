@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from model_store.calibration import CalibrationSet
 from model_store.landmarks import LandmarkRidge, Standardisation
@@ -34,11 +35,18 @@ class TaskModule:
 
     @torch.inference_mode()
     def luca_output(self, cls_BD: Tensor) -> Tensor:
-        """[B, D] recalibrated features; LuCA reads unit vectors times √D when inputs are standardised."""
+        """[B, D] recalibrated features."""
         if self.standardisation is not None:
-            cls_BD = self.standardisation(cls_BD) * cls_BD.shape[1] ** 0.5
+            cls_BD = self.standardisation.luca_input(cls_BD)
         out_BD: Tensor = self.luca(cls_BD)
         return out_BD
+
+    @torch.inference_mode()
+    def log_probs_over(self, cls_BD: Tensor, head_KD: Tensor) -> Tensor:
+        """[B, K] float64 log-probabilities over the classes of all tasks, whose head rows are the unit
+        vectors `head_KD`, on this module's output and scale: what the published `entropy` rule compares."""
+        out_BD = F.normalize(self.luca_output(cls_BD), dim=-1)
+        return torch.log_softmax(self.head.scale * (out_BD @ head_KD.T).double(), dim=1)
 
     @torch.inference_mode()
     def logits(self, cls_BD: Tensor) -> Tensor:

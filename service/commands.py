@@ -13,6 +13,7 @@ from model_store.console import (
     JsonOption,
     PrecisionOption,
     StoreOption,
+    choose,
     print_json,
     print_table,
     read_file,
@@ -76,11 +77,7 @@ def predict(
 
     Example: tosca predict bird.jpg --server http://localhost:8000
     """
-    chosen = next((one for one in SELECTIONS if one == selection), None)
-    if chosen is None:
-        raise typer.BadParameter(
-            f"{selection!r}: expected one of {', '.join(SELECTIONS)}", param_hint="--selection"
-        )
+    chosen = choose(selection, SELECTIONS, "--selection")
     data = [read_file(path) for path in pictures]
     if server is not None:
         query = {"top_k": top_k, "selection": chosen} | ({"task": task} if task else {})

@@ -1,21 +1,20 @@
 """`tosca train`, `tosca evaluate` and `tosca demo`."""
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from model_store import backbone_sources
-from model_store.backbone import Backbone
 from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
     JsonOption,
     PrecisionOption,
     StoreOption,
+    choose,
     err,
     out,
     print_json,
@@ -28,19 +27,20 @@ from model_store.store import ModelStore
 from training.continual import commands as continual_commands
 from training.demo import write_demo_pictures
 from training.evaluation import evaluate_bank
-from training.features import FeatureCache, LabelledFeatures, extract_features
+from training.loading import (
+    DEFAULT_CACHE,
+    DEFAULT_MAX_CORRUPT,
+    CacheOption,
+    load_backbone,
+    load_features,
+)
 from training.recipes import RECIPES
 from training.sources import PictureSource, open_source
 from training.trainer import TrainedTask, check_names, train_task
 
-CacheOption = Annotated[
-    Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
-]
 CorruptOption = Annotated[
     float, typer.Option("--max-corrupt", min=0.0, max=1.0, help="Share of unreadable pictures tolerated.")
 ]
-Choice = TypeVar("Choice", bound=str)
-DEFAULT_CACHE = Path(".tosca/cache")
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +66,7 @@ def train(
     flow: Annotated[str, typer.Option(help=f"One of: {', '.join(FLOWS)}.")] = "tosca",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     min_images: Annotated[int, typer.Option(min=1, help="Training pictures every class needs.")] = 2,
-    max_corrupt: CorruptOption = 0.05,
+    max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
     force: Annotated[
         bool, typer.Option(help="Publish even if another task loses more than the margin.")
     ] = False,
@@ -80,13 +80,13 @@ def train(
 
     Example: tosca train --task birds --data pictures/birds
     """
-    chosen_recipe = _choice(recipe, RECIPES, "recipe")
-    chosen_flow = _choice(flow, FLOWS, "flow")
+    chosen_recipe = choose(recipe, RECIPES, "--recipe")
+    chosen_flow = choose(flow, FLOWS, "--flow")
     source = open_source(data, min_images_per_class=min_images)
     check_names(task, source.labels)
     opened = ModelStore(store)
-    backbone = _load_backbone(opened, device, precision)
-    features = _features(source, backbone, cache, max_corrupt)
+    backbone = load_backbone(opened, device, precision)
+    features = load_features(source, backbone, cache, max_corrupt)
     for line in features.skipped:
         err.print(f"skipped {line}", style="yellow")
     started = time.monotonic()
@@ -139,7 +139,7 @@ def evaluate(
     data: Annotated[list[str], typer.Option(help="TASK=SOURCE, repeated; a test split is used alone.")],
     selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
     revision: Annotated[int | None, typer.Option(help="A revision other than the newest.")] = None,
-    max_corrupt: CorruptOption = 0.05,
+    max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -150,14 +150,15 @@ def evaluate(
 
     Example: tosca evaluate --data birds=pictures/birds --data parts=pictures/parts
     """
-    chosen = _choice(selection, SELECTIONS, "selection")
+    chosen = choose(selection, SELECTIONS, "--selection")
     named = dict(_split_data(one) for one in data)
     sources = {task: open_source(path, to_train=False) for task, path in named.items()}
     opened = ModelStore(store)
-    backbone = _load_backbone(opened, device, precision)
+    backbone = load_backbone(opened, device, precision)
     bank = Publisher(opened, revision=revision).active.bank
     features = {
-        task: _features(_test_part(source), backbone, cache, max_corrupt) for task, source in sources.items()
+        task: load_features(_test_part(source), backbone, cache, max_corrupt)
+        for task, source in sources.items()
     }
     overall, by_task = evaluate_bank(bank, features, chosen)
     if json:
@@ -201,29 +202,13 @@ def demo(
         opened.publish_first(opened.put_backbone(backbone_sources.from_clip_wheel()))
     pictures = write_demo_pictures(folder)
     missing = [task for task in pictures if task not in opened.require_head().tasks]
-    backbone = _load_backbone(opened, device, precision) if missing else None
+    backbone = load_backbone(opened, device, precision) if missing else None
     for task in missing:
         assert backbone is not None, "loaded when something is missing"
-        features = _features(open_source(pictures[task]), backbone, cache, 0.0)
+        features = load_features(open_source(pictures[task]), backbone, cache, 0.0)
         trained = train_task(task, features, backbone.manifest)
         _keep(trained, opened, None, folder / "reports", force=False)
         out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}")
-
-
-def _load_backbone(store: ModelStore, device: str, precision: str) -> Backbone:
-    return Backbone.load(store.backbone(store.require_head().backbone_fingerprint), device, precision)
-
-
-def _features(source: PictureSource, backbone: Backbone, cache: Path, max_corrupt: float) -> LabelledFeatures:
-    opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
-    return extract_features(
-        source,
-        backbone,
-        opened,
-        max_corrupt_fraction=max_corrupt,
-        num_threads=os.cpu_count() or 1,
-        show_progress=err.is_terminal,
-    )
 
 
 def _test_part(source: PictureSource) -> PictureSource:
@@ -237,10 +222,3 @@ def _split_data(text: str) -> tuple[str, Path]:
     if not separator or not task or not path:
         raise typer.BadParameter(f"{text!r}: expected TASK=SOURCE", param_hint="--data")
     return task, Path(path)
-
-
-def _choice(value: str, allowed: tuple[Choice, ...], name: str) -> Choice:
-    for one in allowed:
-        if one == value:
-            return one
-    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(allowed)}", param_hint=f"--{name}")

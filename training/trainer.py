@@ -114,7 +114,8 @@ def train_task(
             raise InvalidDataset(f"{features.name}: no training picture of class {label!r} can be read")
 
     # The only picture of a class cannot be left out, so it is no evidence.
-    unseen = val if len(val) > 0 else train[count_K[label_N] >= 2]
+    seen_twice_N = count_K[label_N] >= 2
+    unseen = val if len(val) > 0 else train[seen_twice_N]
     unseen_label_U = features.label_N[unseen]
     picked = _pick_evenly(unseen_label_U, MAX_CALIBRATION_VECTORS, _generator(seed, 100))
     calibration_MD = features.cls_ND[unseen[picked]].half()
@@ -131,7 +132,6 @@ def train_task(
         luca_UK = head(luca(reader.luca_input(features.cls_ND[val])))
         ridge_UK = ridge.scores(reader.unit(features.cls_ND[val]))
     else:
-        seen_twice_N = count_K[label_N] >= 2
         luca_UK = cross_fit(reader.luca_input(cls_ND), label_N, num_classes, chosen, seed, flow)[seen_twice_N]
         ridge_UK = ridge_NK[seen_twice_N]
     trusted = len(val) > 0 or int(count_K.min()) >= MIN_IMAGES_FOR_LUCA
@@ -253,7 +253,7 @@ class _Reader:
         return F.normalize(cls_BD, dim=-1) if self.standardisation is None else self.standardisation(cls_BD)
 
     def luca_input(self, cls_BD: Tensor) -> Tensor:
-        return cls_BD if self.standardisation is None else self.unit(cls_BD) * cls_BD.shape[1] ** 0.5
+        return cls_BD if self.standardisation is None else self.standardisation.luca_input(cls_BD)
 
 
 def _stratified_folds(label_N: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,5 @@
 """`tosca bench continual` and `tosca bench paper`."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from training.continual.runner import Plan, run_benchmark
 from training.continual.sources import open_stream
 from training.continual.streams import Order, Stream, read_stream
 from training.continual.table import TABLE_WIDTH, results_table
-from training.features import FeatureCache, LabelledFeatures, extract_features
+from training.loading import DEFAULT_CACHE, CacheOption, load_backbone, load_features
 from training.sources import PictureSource
 
 _ALL_METHODS = ",".join(METHODS)
@@ -42,10 +41,6 @@ AgainOption = Annotated[str, typer.Option("--again", help="Methods to run anew a
 WidthOption = Annotated[
     int, typer.Option("--ranpac-width", min=1, max=PUBLISHED_WIDTH, help="Random features of ranpac.")
 ]
-CacheOption = Annotated[
-    Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
-]
-
 bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
 
 
@@ -65,7 +60,7 @@ def continual(
     plots: PlotsOption = None,
     again: AgainOption = "",
     ranpac_width: WidthOption = PUBLISHED_WIDTH,
-    cache: CacheOption = Path(".tosca/cache"),
+    cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -77,7 +72,7 @@ def continual(
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
     described = read_stream(stream)
     sources = open_stream(described, data)
-    _run(described, sources, _load_backbone(store, device, precision), cache, options)
+    _run(described, sources, load_backbone(ModelStore(store), device, precision), cache, options)
 
 
 @bench.command()
@@ -95,7 +90,7 @@ def paper(
     plots: PlotsOption = None,
     again: AgainOption = "",
     ranpac_width: WidthOption = PUBLISHED_WIDTH,
-    cache: CacheOption = Path(".tosca/cache"),
+    cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -113,7 +108,7 @@ def paper(
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
     stream = paper_stream(dataset, increment, chosen)
     sources = open_stream(stream, data)
-    backbone = _load_backbone(store, device, precision)
+    backbone = load_backbone(ModelStore(store), device, precision)
     for published, found in (
         (f"{DATASETS[dataset].num_classes} classes", f"{len(sources[0].labels)} classes"),
         (ARCHITECTURE, backbone.manifest.architecture),
@@ -162,7 +157,7 @@ def _run(
     cache: Path,
     options: _Options,
 ) -> None:
-    features = [_features(source, backbone, cache) for source in sources]
+    features = [load_features(source, backbone, cache) for source in sources]
     config = {
         "stream": stream.model_dump(mode="json"),
         "steps": options.steps,
@@ -196,17 +191,6 @@ def _run(
 
         for path in write_plots(results, options.plots):
             out.print(f"wrote {path}")
-
-
-def _load_backbone(store: str, device: str, precision: str) -> Backbone:
-    opened = ModelStore(store)
-    return Backbone.load(opened.backbone(opened.require_head().backbone_fingerprint), device, precision)
-
-
-def _features(source: PictureSource, backbone: Backbone, cache: Path) -> LabelledFeatures:
-    opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
-    threads = os.cpu_count() or 1
-    return extract_features(source, backbone, opened, num_threads=threads, show_progress=err.is_terminal)
 
 
 def _split(text: str) -> list[str]:

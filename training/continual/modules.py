@@ -142,8 +142,7 @@ class BatchedTosca(Tosca):
         head_CD = torch.cat([F.normalize(one.file.module.head.weight_KD, dim=-1) for one in self._trained])
         best_entropy, best_BC = torch.inf, torch.empty(0)
         for module in (one.file.module for one in self._trained):
-            out_BD = F.normalize(module.luca_output(cls_BD), dim=-1)
-            log_prob_BC = torch.log_softmax(module.head.scale * (out_BD @ head_CD.T).double(), dim=1)
+            log_prob_BC = module.log_probs_over(cls_BD, head_CD)
             uncertainty = float(entropy(log_prob_BC).mean())
             if uncertainty < best_entropy:
                 best_entropy, best_BC = uncertainty, log_prob_BC.exp()
