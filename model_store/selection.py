@@ -26,6 +26,7 @@ PRIOR_IMAGES = 128
 # How much of the part of an image's norm that lies outside the span of the class means is kept.
 OUTSIDE_SHARE = 0.05
 SPAN_RIDGE = 1e-6
+ALL_CLASSES = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +96,25 @@ class WhitenedCosine:
             self.outer_weight,
         )
 
-    def scores(self, x_BD: Tensor) -> Tensor:
-        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5."""
+    def scores(self, x_BD: Tensor, classes: slice = ALL_CLASSES) -> Tensor:
+        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5, of all classes or of some."""
         shifted_BD = x_BD.double() - self.centre_D
-        return self._cosine(self._project(shifted_BD), self.norm_K, self._norm(shifted_BD))
+        projection_BK = self._project(shifted_BD, classes)
+        return self._cosine(projection_BK, self.norm_K[classes], self._norm(shifted_BD))
 
     def lda_scores(self, x_BD: Tensor) -> Tensor:
         """[B, K] scores of plain LDA, g − q/2: the baseline."""
-        return self._project(x_BD.double() - self.centre_D) - self.norm_K / 2.0
+        return self._project(x_BD.double() - self.centre_D, ALL_CLASSES) - self.norm_K / 2.0
 
-    def leave_one_out_scores(self, x_ND: Tensor, class_N: Tensor, count_N: Tensor) -> Tensor:
+    def leave_one_out_scores(
+        self, x_ND: Tensor, class_N: Tensor, count_N: Tensor, classes: slice = ALL_CLASSES
+    ) -> Tensor:
         """[N, K] scores of vectors that are part of the statistics, each as if it were not.
 
-        `class_N` is the vector's own class and `count_N` that class's image count (at least 2). Taking x
-        out moves its class mean to μ − r/(n−1) and lowers the scatter by n/(n−1)·r·rᵀ with r = x − μ; the
-        inverse follows by Sherman–Morrison. The centre, the sphere inside S, the degrees of freedom and
-        the image's norm, which is common to all classes, are left as they are.
+        `class_N` is the vector's own class, which `classes` must include, and `count_N` that class's image
+        count (at least 2). Taking x out moves its class mean to μ − r/(n−1) and lowers the scatter by
+        n/(n−1)·r·rᵀ with r = x − μ; the inverse follows by Sherman–Morrison. The centre, the sphere inside
+        S, the degrees of freedom and the image's norm, which is common to all classes, are left as they are.
         """
         own_N = torch.arange(x_ND.shape[0], device=x_ND.device)
         shifted_ND = x_ND.double() - self.centre_D
@@ -123,18 +127,19 @@ class WhitenedCosine:
         # With P' = P + gain·(P r)(P r)ᵀ, every product with r gains the factor below.
         stretch_N = 1.0 + gain_N * spread_N
         along_x_N = (shifted_ND * solved_ND).sum(dim=1)
-        along_NK = solved_ND @ self.offset_KD.T
-        projection_NK = self._project(shifted_ND) + (gain_N * along_x_N)[:, None] * along_NK
-        norm_NK = self.norm_K + gain_N[:, None] * along_NK**2
+        along_NK = solved_ND @ self.offset_KD[classes].T
+        projection_NK = self._project(shifted_ND, classes) + (gain_N * along_x_N)[:, None] * along_NK
+        norm_NK = self.norm_K[classes] + gain_N[:, None] * along_NK**2
         # The own class's offset is now m − r/(n−1).
         step_N = 1.0 / (count_N - 1.0)
-        along_own_N = along_NK[own_N, class_N]
-        projection_NK[own_N, class_N] -= step_N * along_x_N * stretch_N
-        norm_NK[own_N, class_N] += stretch_N * (step_N**2 * spread_N - 2.0 * step_N * along_own_N)
+        column_N = class_N - (classes.start or 0)
+        along_own_N = along_NK[own_N, column_N]
+        projection_NK[own_N, column_N] -= step_N * along_x_N * stretch_N
+        norm_NK[own_N, column_N] += stretch_N * (step_N**2 * spread_N - 2.0 * step_N * along_own_N)
         return self._cosine(projection_NK, norm_NK, self._norm(shifted_ND))
 
-    def _project(self, shifted_BD: Tensor) -> Tensor:
-        return (shifted_BD @ self.precision_DD) @ self.offset_KD.T
+    def _project(self, shifted_BD: Tensor, classes: slice) -> Tensor:
+        return (shifted_BD @ self.precision_DD) @ self.offset_KD[classes].T
 
     def _norm(self, shifted_BD: Tensor) -> Tensor:
         inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)

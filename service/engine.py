@@ -20,8 +20,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from model_store.answers import Answer
 from model_store.backbone import Backbone
-from model_store.bank import Answer, ModuleBank
+from model_store.bank import ModuleBank
 from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
@@ -37,6 +38,8 @@ class Question:
     selection: Selection = "lda"
     task: str | None = None
     top_k: int = 5
+    coverage: float | None = None
+    abstain_level: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,12 @@ class Engine:
         answering = time.monotonic()
         try:
             answers = question.bank.answer(
-                cls_BD[rows], selection=question.selection, task=question.task, top_k=question.top_k
+                cls_BD[rows],
+                selection=question.selection,
+                task=question.task,
+                top_k=question.top_k,
+                coverage=question.coverage,
+                abstain_level=question.abstain_level,
             )
         except Exception as error:  # delivered to the waiters
             for row in rows:
@@ -259,5 +267,7 @@ class Engine:
                 entry.future.set_result(alone.future.result())
 
 
-def _group_key(question: Question) -> tuple[int, str, str, int]:
-    return question.bank.revision, question.selection, question.task or "", question.top_k
+def _group_key(question: Question) -> tuple[int, str, str, int, float]:
+    """Equal for questions that one call of their bank can answer; the abstain level is the server's."""
+    coverage = question.coverage or 0.0
+    return question.bank.revision, question.selection, question.task or "", question.top_k, coverage

@@ -46,6 +46,12 @@ async def predict(
     task: Annotated[str | None, Query(description="Let this task answer instead of choosing one.")] = None,
     top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
     selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
+    coverage: Annotated[
+        float | None,
+        Query(
+            gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
+        ),
+    ] = None,
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
 ) -> PredictResponse:
     """Answer each picture with the most probable (task, label) over all active tasks.
@@ -57,12 +63,14 @@ async def predict(
     body = await read_pictures(request, state.settings.max_images_per_request)
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
+        coverage = body.coverage or coverage
         _check_count(len(body.images), state.settings.max_images_per_request)
         body = decode_base64(body.images)
     _check_count(len(body), state.settings.max_images_per_request)
     if top_k > state.settings.max_top_k:
         raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
-    answers = await state.engine.answer(body, Question(bank, selection, task, top_k))
+    question = Question(bank, selection, task, top_k, coverage, state.settings.abstain_level)
+    answers = await state.engine.answer(body, question)
     return PredictResponse.of(answers, timings=timings)
 
 

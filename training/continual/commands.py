@@ -1,6 +1,7 @@
 """`tosca bench continual` and `tosca bench paper`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,15 @@ AgainOption = Annotated[str, typer.Option("--again", help="Methods to run anew a
 WidthOption = Annotated[
     int, typer.Option("--ranpac-width", min=1, max=PUBLISHED_WIDTH, help="Random features of ranpac.")
 ]
+UnrelatedOption = Annotated[
+    list[Path], typer.Option("--unrelated", help="Stream files whose tasks are learnt afterwards; repeated.")
+]
+ImagesOption = Annotated[
+    int | None, typer.Option("--images-per-class", min=1, help="Learn from so many pictures a class.")
+]
+LeaveOutOption = Annotated[
+    bool, typer.Option("--leave-out", help="Also leave each task out and reject its pictures.")
+]
 bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
 
 
@@ -60,6 +70,9 @@ def continual(
     plots: PlotsOption = None,
     again: AgainOption = "",
     ranpac_width: WidthOption = PUBLISHED_WIDTH,
+    unrelated: UnrelatedOption = [],  # noqa: B006  (typer copies it)
+    images_per_class: ImagesOption = None,
+    leave_out: LeaveOutOption = False,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -70,9 +83,10 @@ def continual(
     Example: tosca bench continual --stream benchmarks/streams/mixed.toml --data pictures --json out.json
     """
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
-    described = read_stream(stream)
-    sources = open_stream(described, data)
-    _run(described, sources, load_backbone(ModelStore(store), device, precision), cache, options)
+    streams = [read_stream(path) for path in (stream, *unrelated)]
+    opened = [(one, open_stream(one, data)) for one in streams]
+    backbone = load_backbone(ModelStore(store), device, precision)
+    _run(opened, backbone, cache, replace(options, images_per_class=images_per_class, leave_out=leave_out))
 
 
 @bench.command()
@@ -115,7 +129,7 @@ def paper(
     ):
         if found != published:
             err.print(f"not the published setting: {found}, published {published}", style="yellow")
-    _run(stream, sources, backbone, cache, options)
+    _run([(stream, sources)], backbone, cache, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +143,8 @@ class _Options:
     plots: Path | None
     again: tuple[str, ...]
     ranpac_width: int
+    images_per_class: int | None = None
+    leave_out: bool = False
 
     @classmethod
     def parse(
@@ -151,21 +167,27 @@ class _Options:
 
 
 def _run(
-    stream: Stream,
-    sources: tuple[PictureSource, ...],
+    streams: Sequence[tuple[Stream, tuple[PictureSource, ...]]],
     backbone: Backbone,
     cache: Path,
     options: _Options,
 ) -> None:
-    features = [load_features(source, backbone, cache) for source in sources]
+    """The first stream is measured; tasks of the others are learnt after it."""
+    (stream, features), *unrelated = (
+        (one, [load_features(source, backbone, cache) for source in sources]) for one, sources in streams
+    )
+    every = [*features, *(one for _, parts in unrelated for one in parts)]
     config = {
         "stream": stream.model_dump(mode="json"),
+        "unrelated": [one.model_dump(mode="json") for one, _ in unrelated],
+        "images_per_class": options.images_per_class,
+        "leave_out": options.leave_out,
         "steps": options.steps,
         "backbone": backbone.fingerprint,
         "architecture": backbone.manifest.architecture,
         "precision": backbone.precision,
         "ranpac_width": options.ranpac_width,
-        "data_sha256": {one.name: one.data_sha256 for one in features},
+        "data_sha256": {one.name: one.data_sha256 for one in every},
     }
     results = open_results(options.json, config).without(options.again)
 
@@ -183,6 +205,9 @@ def _run(
         options.steps,
         options.ranpac_width,
         done,
+        unrelated,
+        options.images_per_class,
+        options.leave_out,
     )
     results = run_benchmark(plan, results, options.json)
     Console(width=max(out.width, TABLE_WIDTH)).print(results_table(results))
