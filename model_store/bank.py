@@ -24,6 +24,7 @@ from model_store.conformal import conformal_p_values, coverage_threshold
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY, Entry, Found, JointModel, KnownLogits
 from model_store.label_spaces import LabelSpace, arrange_label_spaces, number_labels
+from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import Selection, WhitenedCosine, entropy, task_log_probs
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
@@ -358,8 +359,12 @@ class ModuleBank:
         inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
         score_NK = x_ND.new_empty((len(rows), classes.stop - classes.start), dtype=torch.float64)
         score_NK[~inside_N] = self.selector.scores(x_ND[~inside_N], classes)
-        score_NK[inside_N] = self.selector.leave_one_out_scores(
-            x_ND[inside_N], label_N[inside_N] + self.first_class[t], count_N[inside_N], classes
+        score_NK[inside_N] = leave_one_out_scores(
+            self.selector,
+            x_ND[inside_N],
+            label_N[inside_N] + self.first_class[t],
+            count_N[inside_N],
+            classes,
         )
         return score_NK
 

@@ -107,4 +107,4 @@ def _optimiser(recipe: Recipe, luca: LuCA, head: CosineHead) -> torch.optim.Opti
         {"params": weights, "weight_decay": recipe.weight_decay},
         {"params": [head.scale], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate)
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, fused=True)

@@ -58,8 +58,8 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class CautiousMethod(Method, Protocol):
-    """A method that also says what it cannot rule out, and how unusual a picture is."""
+class CautiousMethod(Protocol):
+    """What a method has that also says what it cannot rule out, and how unusual a picture is."""
 
     def prediction_sets(self, cls_ND: Tensor, coverage: float) -> list[frozenset[int]]:
         """The labels of each picture's prediction set."""
