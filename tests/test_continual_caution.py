@@ -1,5 +1,6 @@
 """Few pictures, unrelated tasks, tasks left out, prediction sets: what the benchmark adds to accuracy."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -222,3 +223,19 @@ def test_the_command_measures_all_of_it(
         found["runs"]["lda"]["0"]["rejection"] is None and found["runs"]["lda"]["0"]["unrelated"] is not None
     )
     assert {"auroc", "fpr95", "unrelated_accuracy"} <= set(found["summary"]["default"])
+
+
+def test_the_sparsity_curve_trades_bytes_for_accuracy(data: Path, tiny_store: ModelStore) -> None:
+    arguments = ["sparsity", "--stream", str(data / "main.toml"), "--data", str(data), "--seeds", "0"]
+    place = ["--store", str(data / "store"), "--cache", str(data / "cache"), "--device", "cpu"]
+    result = CliRunner().invoke(
+        bench, [*arguments, *place, "--json", str(data / "out.json")], catch_exceptions=False
+    )
+    assert result.exit_code == 0, result.output
+    curve = json.loads((data / "out.json").read_text())["curve"]
+    density = [one["density"] for one in curve]
+    assert density == sorted(density, reverse=True) and density[0] > density[-1]
+    for one, other in itertools.pairwise(curve):
+        saved = one["luca_bytes"] - other["luca_bytes"]
+        assert one["file_bytes"] - other["file_bytes"] == pytest.approx(saved, abs=64), "but for the header"
+        assert 0.0 <= other["accuracy"] <= 1.0

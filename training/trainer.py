@@ -93,7 +93,7 @@ def train_task(
     features: LabelledFeatures,
     backbone: BackboneManifest,
     *,
-    recipe: RecipeName = "default",
+    recipe: RecipeName | Recipe = "default",
     flow: Flow = "tosca",
     seed: int = 0,
     label_space: str | None = None,
@@ -106,7 +106,7 @@ def train_task(
     else leave-one-out for the ridge and cross-fitting for LuCA.
     """
     check_names(task, features.labels, label_space)
-    chosen = BY_NAME[recipe]
+    chosen = recipe if isinstance(recipe, Recipe) else BY_NAME[recipe]
     num_classes = len(features.labels)
     train, val, test = (features.rows(split) for split in ("train", "val", "test"))
     cls_ND, label_N = features.cls_ND[train], features.label_N[train]

@@ -1,7 +1,8 @@
-"""`tosca bench continual` and `tosca bench paper`."""
+"""`tosca bench continual`, `tosca bench paper` and `tosca bench sparsity`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from model_store.console import (
     StoreOption,
     err,
     out,
+    print_table,
 )
 from model_store.store import ModelStore
 from training.continual.protocol import ARCHITECTURE, DATASETS, SEEDS, paper_stream
@@ -24,8 +26,10 @@ from training.continual.registry import METHODS, check_methods
 from training.continual.results import RunResult, Steps, open_results
 from training.continual.runner import Plan, run_benchmark
 from training.continual.sources import open_stream
+from training.continual.sparsity import SparsityResult, sparsity_curve
 from training.continual.streams import Order, Stream, read_stream
 from training.continual.table import TABLE_WIDTH, results_table
+from training.continual.tasks import arrange
 from training.loading import DEFAULT_CACHE, CacheOption, load_backbone, load_features
 from training.sources import PictureSource
 
@@ -130,6 +134,59 @@ def paper(
         if found != published:
             err.print(f"not the published setting: {found}, published {published}", style="yellow")
     _run([(stream, sources)], backbone, cache, options)
+
+
+@bench.command()
+def sparsity(
+    stream: Annotated[Path, typer.Option(help="Stream file, as in benchmarks/streams.")],
+    data: Annotated[Path, typer.Option(help="Folder that the stream's folders are relative to.")] = Path(),
+    seeds: SeedsOption = "0,1,2",
+    json: Annotated[Path | None, typer.Option("--json", help="Results file.")] = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Accuracy against bytes for several strengths of the proximal penalty.
+
+    Example: tosca bench sparsity --stream benchmarks/streams/mixed.toml --data pictures --json out.json
+    """
+    described = read_stream(stream)
+    sources = open_stream(described, data)
+    backbone = load_backbone(ModelStore(store), device, precision)
+    features = [load_features(source, backbone, cache) for source in sources]
+    chosen = _seeds(seeds)
+
+    def done(one: SparsityResult) -> None:
+        err.print(f"penalty {one.proximal_l1:g}: accuracy {one.accuracy:.4f}")
+
+    arranged = [(seed, arrange(described, features, seed)) for seed in chosen]
+    curve = sparsity_curve(arranged, backbone.manifest, done=done)
+    print_table(
+        ["penalty", "density", "LuCA kB", "file kB", "LuCA alone %", "end to end %"],
+        (
+            (
+                f"{one.proximal_l1:g}",
+                f"{one.density:.3f}",
+                f"{one.luca_bytes / 1e3:.0f}",
+                f"{one.file_bytes / 1e3:.0f}",
+                f"{100.0 * one.luca_accuracy:.1f}",
+                f"{100.0 * one.accuracy:.1f}",
+            )
+            for one in curve
+        ),
+    )
+    if json is not None:
+        document = {
+            "stream": described.model_dump(mode="json"),
+            "backbone": backbone.fingerprint,
+            "precision": backbone.precision,
+            "seeds": list(chosen),
+            "data_sha256": {one.name: one.data_sha256 for one in features},
+            "curve": [one.model_dump() for one in curve],
+        }
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
