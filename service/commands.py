@@ -22,6 +22,8 @@ from model_store.errors import InvalidRequest, StoreUnavailable
 from model_store.offline import OfflinePredictor
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from service.key_commands import keys_app
+from service.replay_command import replay
 from service.settings import Settings
 
 _IMAGES_PER_REQUEST = 16
@@ -31,6 +33,8 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to `tosca`."""
     app.command()(serve)
     app.command()(predict)
+    app.command()(replay)
+    app.add_typer(keys_app, name="keys")
 
 
 def serve(
@@ -44,20 +48,12 @@ def serve(
 
     Example: tosca serve --store .tosca/store --port 8000
     """
-    import uvicorn
-
-    from service.app import create_app
+    from service.server import serve as run
 
     given = {"store": store, "host": host, "port": port, "device": device, "precision": precision}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     ModelStore(settings.store).require_head()  # a clear error before a server log
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
-        access_log=False,
-    )
+    run(settings)
 
 
 def predict(

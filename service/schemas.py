@@ -111,9 +111,10 @@ class TaskOut(Strict):
     metrics: dict[str, float] = Field(examples=[{"accuracy": 0.98, "ece": 0.02}])
     training: dict[str, Any]
     provenance: dict[str, str]
+    signer: str | None = Field(None, description="The trusted signer of the module file.", examples=["ci"])
 
     @classmethod
-    def of(cls, file: ModuleFile) -> "TaskOut":
+    def of(cls, file: ModuleFile, signer: str | None) -> "TaskOut":
         manifest = file.manifest
         return cls(
             task=manifest.task,
@@ -124,6 +125,7 @@ class TaskOut(Strict):
             metrics=manifest.metrics,
             training=manifest.training,
             provenance=manifest.provenance,
+            signer=signer,
         )
 
 
@@ -206,6 +208,8 @@ class Ready(Strict):
     device: str = Field(examples=["cpu"])
     precision: str = Field(examples=["float32"])
     staleness_s: float = Field(description="Seconds since the store was last read.")
+    is_stale: bool = Field(description="Others may have published what is not served here.")
+    store_fault: str | None = Field(None, description="Why the store could not be read the last time.")
 
 
 class ProblemOut(BaseModel):
@@ -216,3 +220,4 @@ class ProblemOut(BaseModel):
     status: int = Field(examples=[404])
     detail: str = Field(examples=["task 'birds' is not active in revision 7"])
     instance: str = Field(examples=["/tasks/birds"])
+    request_id: str | None = Field(None, examples=["4bf92f3577b34da6a3ce929d0e0e4736"])

@@ -27,7 +27,8 @@ def running_server(store_url: str, log: Path, **settings: object) -> Iterator[Ru
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    variables = {f"TOSCA_{name.upper()}": str(value) for name, value in settings.items()}
+    chosen = {"shutdown_grace_s": 0, **settings}
+    variables = {f"TOSCA_{name.upper()}": str(value) for name, value in chosen.items()}
     with log.open("ab") as output:
         process = subprocess.Popen(
             [Path(sys.executable).with_name("tosca"), "serve", "--store", store_url, "--port", str(port)],
