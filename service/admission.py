@@ -88,7 +88,7 @@ def deadline_s(header: str | None, settings: Settings) -> float:
     if header is None:
         return settings.request_timeout_s
     try:
-        wanted = float(header[:32])
+        wanted = float(header)
     except ValueError:
         wanted = math.nan
     if not wanted > 0.0:

@@ -54,6 +54,8 @@ def _from_base64(i: int, text: str) -> bytes:
     """Decoded in slices: a decoder keeps the interpreter to itself, and health checks must not wait."""
     picture = bytearray()
     try:
+        if len(text) % 4:
+            raise ValueError(f"{len(text)} characters are not a multiple of four")
         for start in range(0, len(text), _BASE64_SLICE):
             slice_ = text[start : start + _BASE64_SLICE]
             if "=" in slice_[:-2] or ("=" in slice_ and start + _BASE64_SLICE < len(text)):

@@ -34,9 +34,9 @@ def serve(settings: Settings) -> None:
     configure_logs(settings)
     main = create_app(settings)
     planes = Planes(main)
-    sockets = [_listen(settings.host, settings.port)]
+    sockets = [_bind(settings.host, settings.port)]
     if settings.admin_port is not None:
-        sockets.append(_listen(settings.admin_host, settings.admin_port))
+        sockets.append(_bind(settings.admin_host, settings.admin_port))
         planes.put(_port(sockets[1]), create_admin_app(settings, main))
     config = uvicorn.Config(
         planes,
@@ -100,14 +100,18 @@ class Server(uvicorn.Server):
             os._exit(DEAD_STATUS)  # no clean-up: a thread that hangs would hold it for ever
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but refuses connections until the application has started."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except OSError as error:
+        bound.close()
         raise CannotListen(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return bound
 
 
-def _port(listening: socket.socket) -> int:
-    port: int = listening.getsockname()[1]
+def _port(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
     return port
