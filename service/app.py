@@ -30,10 +30,12 @@ from service.settings import Settings
 from service.web import CloseWhenDraining, SecureHeaders
 
 
-def create_app(settings: Settings, backbone: Backbone | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, backbone: Backbone | None = None, store: ModelStore | None = None
+) -> FastAPI:
     """The service as an ASGI application.
 
-    At start it opens the store, loads and warms up the backbone (unless one is given), builds the bank of
+    At start it opens the store, loads and warms up the backbone (unless they are given), builds the bank of
     the newest revision, and only then is ready. At stop it answers what it has admitted. With an admin
     port set, changes of the tasks are left to `create_admin_app`.
     """
@@ -42,7 +44,7 @@ def create_app(settings: Settings, backbone: Backbone | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with AuditLog(settings.audit_log) as audit:
-            engine, registry = await asyncio.to_thread(_load, settings, backbone, audit)
+            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
                 state = ServiceState(settings, engine, registry, access, quota)
@@ -119,8 +121,10 @@ async def _following(registry: TaskRegistry, poll_s: float) -> AsyncIterator[Non
                 await follower
 
 
-def _load(settings: Settings, backbone: Backbone | None, audit: AuditLog) -> tuple[Engine, TaskRegistry]:
-    store = ModelStore(settings.store)
+def _load(
+    settings: Settings, backbone: Backbone | None, store: ModelStore | None, audit: AuditLog
+) -> tuple[Engine, TaskRegistry]:
+    store = store or ModelStore(settings.store)
     head = store.require_head()
     if backbone is None:
         artefact = store.backbone(head.backbone_fingerprint)

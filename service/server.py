@@ -17,6 +17,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from model_store.backbone import Backbone
 from service.app import create_admin_app, create_app
 from service.errors import CannotListen
 from service.http_protocol import bounded_protocol
@@ -29,10 +30,10 @@ DEAD_STATUS = 70  # EX_SOFTWARE
 _TICKS_BETWEEN_CHECKS = 10  # a tick of uvicorn is 0.1 s
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: Settings, backbone: Backbone | None = None) -> None:
     """Serve until a signal. Raises CannotListen, and what creating the application raises."""
     configure_logs(settings)
-    main = create_app(settings)
+    main = create_app(settings, backbone)
     planes = Planes(main)
     sockets = [_bind(settings.host, settings.port)]
     if settings.admin_port is not None:
