@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,24 @@ class RunningServer:
 @contextlib.contextmanager
 def running_server(store_url: str, log: Path, **settings: object) -> Iterator[RunningServer]:
     """Serve `store_url` on a free loopback port until the block ends; settings become TOSCA_* variables."""
+    command = [Path(sys.executable).with_name("tosca"), "serve"]
+    with serving_process(command, store_url, log, **settings) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_process(
+    command: Sequence[str | Path], store_url: str, log: Path, **settings: object
+) -> Iterator[RunningServer]:
+    """The same with a command of one's own that reads its settings from the environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    chosen = {"shutdown_grace_s": 0, **settings}
+    chosen = {"shutdown_grace_s": 0, **settings, "store": store_url, "port": port}
     variables = {f"TOSCA_{name.upper()}": str(value) for name, value in chosen.items()}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("tosca"), "serve", "--store", store_url, "--port", str(port)],
+            command,
             env={**os.environ, **variables},
             stdout=output,
             stderr=output,
