@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker bench constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker bench soak fuzz lock sbom audit constraints clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 
 bench: demo ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed
+	$(BIN)/python -m benchmarks.soak
 
 constraints: install ## rewrite constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

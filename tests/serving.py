@@ -19,6 +19,7 @@ START_TIMEOUT_S = 120.0
 class RunningServer:
     url: str
     process: "subprocess.Popen[bytes]"
+    log: Path
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def serving_process(
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(url, process, log)
-        yield RunningServer(url, process)
+        yield RunningServer(url, process, log)
     finally:
         if process.poll() is None:
             process.terminate()
