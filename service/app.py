@@ -2,11 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import State
 from starlette.types import Lifespan
@@ -55,20 +55,25 @@ def create_app(
                     state.is_ready = False
 
     app = _new_app(settings, lifespan)
-    routers = [predict.router, tasks.router, health.router]
+    routers = [predict.router, tasks.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
-    for router in routers:
-        app.include_router(router, dependencies=documented)
+    _include(app, routers)
     return app
 
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port: tasks and revisions, over the running parts of `main`."""
     app = _new_app(settings, None, main.state)
-    for router in (tasks.router, tasks.admin_router, revisions.router, health.router):
-        app.include_router(router, dependencies=documented)
+    _include(app, [tasks.router, tasks.admin_router, revisions.router])
     return app
+
+
+def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Routes that want a key, and those of /health, which do not."""
+    for router in routers:
+        app.include_router(router, dependencies=documented)
+    app.include_router(health.router)
 
 
 def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: State | None = None) -> FastAPI:

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from model_store import errors as faults
 from model_store.errors import ToscaError
@@ -89,6 +90,13 @@ def _headers_of(error: ToscaError) -> dict[str, str]:
             return {}
 
 
+def _methods(request: Request) -> list[str]:
+    """What may be asked of a path, over all the routes that have it."""
+    documented: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    found = [item for path, item in documented.items() if compile_path(path)[0].fullmatch(request.url.path)]
+    return sorted({method.upper() for item in found for method in item})
+
+
 def install(app: FastAPI) -> None:
     """Turn every refusal of `app` into a problem document."""
 
@@ -104,7 +112,9 @@ def install(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for HTTPException"
-        headers = dict(error.headers) if error.headers else None
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (methods := _methods(request)):
+            headers["Allow"] = ", ".join(methods)
         return problem(error.status_code, "http", str(error.detail), request.url.path, headers)
 
     async def on_bug(request: Request, _: Exception) -> JSONResponse:

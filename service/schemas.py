@@ -15,6 +15,10 @@ from service.engine import TimedAnswer
 
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
+_PICTURE = (  # one pixel, PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", from_attributes=True)
@@ -23,7 +27,7 @@ class Strict(BaseModel):
 class PredictRequest(Strict):
     """The JSON form of a prediction request."""
 
-    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[["/9j/4AAQSkZJRg…"]])
+    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[[_PICTURE]])
     task: str | None = Field(None, description="Let this task answer instead of choosing one.")
     top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
     selection: Selection | None = Field(None, description="How the task is chosen.")

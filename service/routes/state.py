@@ -60,7 +60,7 @@ def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for refusals with these statuses, and those that any request may get."""
     schema = {"application/problem+json": {"schema": ProblemOut.model_json_schema()}}
-    every = sorted({*statuses, 401, 403, 408, 429})
+    every = sorted({*statuses, 401, 403, 408, 422, 429})
     return {status: {"description": "Problem document (RFC 9457)", "content": schema} for status in every}
 
 
