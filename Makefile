@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker bench soak fuzz lock sbom audit constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit constraints clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,6 +60,22 @@ bench: demo ## every benchmark; JSON under benchmarks/results/
 
 soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed
 	$(BIN)/python -m benchmarks.soak
+
+# Tools in environments of their own, so that constraints.txt stays what the product needs.
+.tosca/fuzz-tools/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --target .tosca/fuzz-tools atheris==3.0.0
+	touch $@
+
+.tosca/api-tools/.installed:
+	$(PYTHON) -m venv .tosca/api-tools
+	.tosca/api-tools/bin/python -m pip install --quiet schemathesis==4.32.5
+	touch $@
+
+fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing for each reader of strangers' bytes
+	PYTHONPATH=.tosca/fuzz-tools $(BIN)/python tests/fuzz/__main__.py
+
+test-api: install .tosca/api-tools/.installed ## the OpenAPI document against the service, by schemathesis
+	$(BIN)/pytest tests/test_openapi.py -m slow -s
 
 constraints: install ## rewrite constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

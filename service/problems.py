@@ -17,6 +17,7 @@ from service import errors as service_faults
 from service.request_context import current_request
 
 MEDIA_TYPE = "application/problem+json"
+_MAX_TEXT = 1000
 _CHALLENGE = 'Bearer realm="tosca"'
 
 # The most specific class wins.
@@ -59,8 +60,8 @@ def problem(
         "type": f"urn:tosca:problem:{kind}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
-        "instance": instance,
+        "detail": detail[:_MAX_TEXT],  # it may quote what the client sent
+        "instance": instance[:_MAX_TEXT],
         **({"request_id": context.request_id} if context else {}),
         **extra,
     }
