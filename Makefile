@@ -71,6 +71,24 @@ soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer r
 	.tosca/api-tools/bin/python -m pip install --quiet schemathesis==4.32.5
 	touch $@
 
+.tosca/lock-tools/.installed:
+	$(PYTHON) -m venv .tosca/lock-tools
+	.tosca/lock-tools/bin/python -m pip install --quiet pip-tools==7.6.2 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+# torch and torchvision are left out: their CPU and CUDA builds carry the same version and other hashes.
+lock: .tosca/lock-tools/.installed ## rewrite requirements.lock: what the service needs, pinned, with hashes
+	CUSTOM_COMPILE_COMMAND="make lock" .tosca/lock-tools/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	  --extra service --constraint constraints.txt --unsafe-package torch --unsafe-package torchvision \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate \
+	  --output-file requirements.lock pyproject.toml
+
+sbom: install .tosca/lock-tools/.installed ## what is installed, as CycloneDX JSON: .tosca/sbom.cdx.json
+	.tosca/lock-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file .tosca/sbom.cdx.json $(BIN)/python
+
+audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements.lock (asks PyPI's advisory service)
+	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
 fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing for each reader of strangers' bytes
 	PYTHONPATH=.tosca/fuzz-tools $(BIN)/python tests/fuzz/__main__.py
 

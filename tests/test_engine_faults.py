@@ -118,6 +118,7 @@ async def test_when_the_thread_dies_nobody_waits_for_it(
     assert "the inference thread has died" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_process_that_can_answer_no_more_says_so_and_ends(tiny_store: ModelStore, tmp_path: Path) -> None:
     script = [sys.executable, str(Path(__file__).with_name("dying_server.py"))]
     with serving_process(script, tiny_store.url, tmp_path / "log") as server:

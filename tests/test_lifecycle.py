@@ -19,6 +19,7 @@ from model_store.store import ModelStore, with_task
 
 MakeModule = Callable[..., bytes]
 PICTURE = encoded(noise())
+pytestmark = pytest.mark.slow  # each starts a server of its own
 
 
 @pytest.fixture
@@ -94,7 +95,6 @@ def test_sigterm_under_load_drops_no_request_and_exits_0(store: ModelStore, tmp_
     assert set(balancer.outcomes) == {"200"}, balancer.outcomes
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_sigterms_under_load_drop_no_request(store: ModelStore, tmp_path: Path) -> None:
     total: Counter[str] = Counter()
