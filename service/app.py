@@ -89,8 +89,9 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
         app.state = state
     problems.install(app)
 
-    def limit_of(path: str) -> int:
-        return settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+    def limit_of(path: str, media_type: str) -> int:
+        limit = settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+        return min(limit, settings.max_json_bytes) if media_type == "application/json" else limit
 
     # Each wraps what stands above it: ids are there first, bodies are bounded last.
     app.add_middleware(

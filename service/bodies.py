@@ -11,11 +11,11 @@ from service.errors import BodyTimeout, BodyTooLarge, Overloaded
 
 
 class LimitBodies:
-    """ASGI middleware. A body may have `limit_of(path)` bytes and take `timeout_s`; all bodies of requests
-    under way may have `max_buffered_bytes` together, for that is the memory they can take."""
+    """ASGI middleware. A body may have `limit_of(path, media type)` bytes and take `timeout_s`; all bodies
+    of requests under way may have `max_buffered_bytes` together, for that is the memory they can take."""
 
     def __init__(
-        self, app: ASGIApp, limit_of: Callable[[str], int], timeout_s: float, max_buffered_bytes: int
+        self, app: ASGIApp, limit_of: Callable[[str, str], int], timeout_s: float, max_buffered_bytes: int
     ) -> None:
         self._app = app
         self._limit_of = limit_of
@@ -27,8 +27,9 @@ class LimitBodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit_of(scope["path"])
-        declared = Headers(scope=scope).get("content-length", "0")
+        headers = Headers(scope=scope)
+        limit = self._limit_of(scope["path"], media_type_of(headers))
+        declared = headers.get("content-length", "0")
         deadline = time.monotonic() + self._timeout_s
         num_bytes = 0
         is_whole = False
@@ -62,3 +63,8 @@ class LimitBodies:
             await self._app(scope, limited, send)
         finally:
             self._num_buffered -= num_bytes
+
+
+def media_type_of(headers: Headers) -> str:
+    """The content type without its parameters, lower case; empty when there is none."""
+    return headers.get("content-type", "").split(";")[0].strip().lower()

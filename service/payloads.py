@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from model_store.errors import ImageTooLarge, InvalidRequest
 from model_store.signatures import Signature
+from service.bodies import media_type_of
 from service.errors import UnsupportedMediaType
 from service.schemas import PredictRequest, StoredModule
 
@@ -26,7 +27,7 @@ async def read_pictures(request: Request, max_images: int) -> PredictRequest | l
 
     Raises InvalidRequest, BodyTooLarge and UnsupportedMediaType.
     """
-    media_type = _media_type(request)
+    media_type = media_type_of(request.headers)
     if media_type == "multipart/form-data":
         return await _uploads(request, max_images)
     if media_type == "application/json":
@@ -68,7 +69,7 @@ def _from_base64(i: int, text: str) -> bytes:
 
 async def read_module_body(request: Request) -> bytes | StoredModule:
     """A module file as raw body or single multipart file, or a reference to a stored one."""
-    media_type = _media_type(request)
+    media_type = media_type_of(request.headers)
     if media_type == "multipart/form-data":
         files = await _uploads(request, max_files=1)
         return files[0]
@@ -93,10 +94,6 @@ def read_signature(header: str | None) -> Signature | None:
         raise InvalidRequest(f"X-Module-Signature is no signature: {message}") from error
 
 
-def _media_type(request: Request) -> str:
-    return request.headers.get("content-type", "").split(";")[0].strip().lower()
-
-
 async def _raw(request: Request) -> bytes:
     body = await request.body()
     if not body:
@@ -106,6 +103,7 @@ async def _raw(request: Request) -> bytes:
 
 async def _json(request: Request, model: type[Body], max_elements: int) -> Body:
     body = await request.body()
+    await asyncio.sleep(0)  # joining and parsing megabytes takes its time: let others in between
     # Millions of empty elements would keep the parser, and so the event loop, busy for seconds. Neither
     # base64 nor a task's name has commas, so their number bounds that of the elements before parsing.
     if body.count(b",") > max_elements + _MAX_FIELDS:

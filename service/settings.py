@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info")
 
     max_body_bytes: Bytes = Field(64 * 2**20, description="Largest body of a prediction request.")
+    max_json_bytes: Bytes = Field(
+        16 * 2**20, description="Largest JSON body: parsing holds up everything else, unlike raw bodies."
+    )
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
     max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
     max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")

@@ -143,7 +143,7 @@ async def call(limits: LimitBodies, chunks: list[bytes], headers: dict[str, str]
 
 
 def limits_of(**changes: object) -> LimitBodies:
-    chosen = {"limit_of": lambda _: 100, "timeout_s": 60.0, "max_buffered_bytes": 1000, **changes}
+    chosen = {"limit_of": lambda *_: 100, "timeout_s": 60.0, "max_buffered_bytes": 1000, **changes}
     return LimitBodies(read_all, **chosen)
 
 
@@ -161,7 +161,7 @@ async def test_a_body_that_announces_too_much_is_not_read() -> None:
 
 
 async def test_bodies_together_are_bounded_and_their_room_comes_back() -> None:
-    limits = limits_of(limit_of=lambda _: 600, max_buffered_bytes=1000)
+    limits = limits_of(limit_of=lambda *_: 600, max_buffered_bytes=1000)
     results = await asyncio.gather(
         *(call(limits, [b"x" * 200] * 3) for _ in range(3)), return_exceptions=True
     )
@@ -301,6 +301,16 @@ def test_json_that_would_keep_the_parser_busy_is_refused(body: bytes, client: Te
     response = client.post("/predict", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 422
     assert problem_type(response) == "invalid-request"
+
+
+def test_json_has_a_limit_of_its_own(tiny_store: ModelStore, tiny_backbone: Backbone) -> None:
+    settings = Settings(store=tiny_store.url, store_poll_s=0.0, max_json_bytes=1000)
+    with TestClient(create_app(settings, tiny_backbone)) as client:
+        as_json = {"headers": {"content-type": "application/json; charset=utf-8"}}
+        assert client.post("/predict", content=b" " * 1001, **as_json).status_code == 413
+        assert client.post("/tasks", content=b" " * 1001, **as_json).status_code == 413
+        assert client.post("/predict", content=b" " * 1000, **as_json).status_code == 422
+        assert client.post("/predict", content=b" " * 1001).status_code == 415
 
 
 def test_a_problem_carries_the_id_of_its_request(client: TestClient) -> None:
