@@ -55,7 +55,7 @@ class ObjectFiles:
             except AlreadyExistsError:
                 return False
             if self._root is not None:
-                _sync(self._root / path)
+                _sync(self._root, self._root / path)
         return True
 
     def names(self, folder: str, after: str | None = None) -> Iterator[str]:
@@ -92,10 +92,10 @@ def _open(url: str) -> tuple[ObjectStore, Path | None]:
         raise StoreUnavailable(f"store {url} cannot be opened: {error}") from error
 
 
-def _sync(path: Path) -> None:
-    """Make a file and its name survive a loss of power, not only of the process."""
-    for one, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        descriptor = os.open(one, flags)
+def _sync(root: Path, path: Path) -> None:
+    """Make a file and the names that lead to it survive a loss of power, not only of the process."""
+    for one in (path, *(folder for folder in path.parents if folder.is_relative_to(root))):
+        descriptor = os.open(one, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

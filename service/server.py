@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from model_store.backbone import Backbone
 from service.app import create_admin_app, create_app
-from service.errors import CannotListen
+from service.errors import CannotListen, InvalidSettings
 from service.http_protocol import bounded_protocol
 from service.logs import configure_logs
 from service.planes import Planes
@@ -33,6 +33,8 @@ _TICKS_BETWEEN_CHECKS = 10  # a tick of uvicorn is 0.1 s
 def serve(settings: Settings, backbone: Backbone | None = None) -> None:
     """Serve until a signal. Raises CannotListen, and what creating the application raises."""
     configure_logs(settings)
+    if (settings.tls_certificate is None) != (settings.tls_key is None):
+        raise InvalidSettings("TOSCA_TLS_CERTIFICATE and TOSCA_TLS_KEY go together")
     main = create_app(settings, backbone)
     planes = Planes(main)
     sockets = [_bind(settings.host, settings.port)]
@@ -46,6 +48,8 @@ def serve(settings: Settings, backbone: Backbone | None = None) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
         timeout_keep_alive=int(settings.keep_alive_s),
         timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
     )

@@ -35,6 +35,8 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: str = Field("auto", description="auto, float32 or bfloat16.")
 
+    tls_certificate: Path | None = Field(None, description="Certificate chain, PEM: serve HTTPS.")
+    tls_key: Path | None = Field(None, description="Its private key, PEM, not encrypted.")
     keys_file: Path | None = Field(None, description="API keys, as `tosca keys` writes them.")
     allow_anonymous: Literal["auto", "nothing", "predict", "everything"] = Field(
         "auto",

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -47,9 +48,11 @@ def serving_process(
             stdout=output,
             stderr=output,
         )
-    url = f"http://127.0.0.1:{port}"
+    certificate = chosen.get("tls_certificate")
+    url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
+    verify = ssl.create_default_context(cafile=str(certificate)) if certificate else False
     try:
-        _wait_until_ready(url, process, log)
+        _wait_until_ready(url, process, log, verify)
         yield RunningServer(url, process, log)
     finally:
         if process.poll() is None:
@@ -57,12 +60,14 @@ def serving_process(
         process.wait(60.0)
 
 
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_ready(
+    url: str, process: "subprocess.Popen[bytes]", log: Path, verify: ssl.SSLContext | bool
+) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health/ready", timeout=5.0).is_success:
+            if httpx.get(f"{url}/health/ready", timeout=5.0, verify=verify).is_success:
                 return
         time.sleep(0.1)
     raise AssertionError(f"not ready within {START_TIMEOUT_S} s: {log.read_text()}")
