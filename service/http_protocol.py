@@ -18,6 +18,7 @@ def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
     class BoundedProtocol(HttpToolsProtocol):
         _head_bytes = 0
+        _read_bytes = 0  # of the read at hand, while they can only be of the head that begins in it
         _is_in_head = True
         _head_timer: asyncio.TimerHandle | None = None
 
@@ -35,8 +36,8 @@ def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
-            if self._is_in_head:
-                self._head_bytes += len(data)
+            self._head_bytes += len(data)
+            self._read_bytes = len(data)
             super().data_received(data)
             # One read may hold the whole head and the beginning of a body, so only what is left open counts.
             if self._is_in_head and self._head_bytes > settings.max_header_bytes:
@@ -44,7 +45,7 @@ def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self._head_bytes = 0
+            self._head_bytes = self._read_bytes
             if not self._is_in_head:
                 self._await_head()
 
@@ -62,6 +63,7 @@ def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._read_bytes = 0
             if not self.transport.is_closing():
                 super().on_message_complete()
 

@@ -287,20 +287,24 @@ def test_a_full_service_refuses_before_it_reads_the_body(client: TestClient) -> 
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "fault"),
     [
-        b'{"images": [' + b'"",' * 500_000 + b'""]}',
-        b'{"images": [' + b"0," * 900_000 + b"0]}",
-        b'{"images": ["AAAA"], ' + b",".join(b'"k%d": 0' % i for i in range(50_000)) + b"}",
-        b"[" * 2_000_000,
-        b'{"images":' * 100_000 + b"0" + b"}" * 100_000,
+        (b'{"images": [' + b'"",' * 500_000 + b'""]}', "more than the 4 elements"),
+        (b'{"images": [' + b"0," * 900_000 + b"0]}", "more than the 4 elements"),
+        (
+            b'{"images": ["AAAA"], ' + b",".join(b'"k%d": 0' % i for i in range(50_000)) + b"}",
+            "more than the 4",
+        ),
+        (b"[" * 2_000_000, "recursion limit"),
+        (b'{"images":' * 100_000 + b"0" + b"}" * 100_000, "recursion limit"),
     ],
     ids=["many strings", "many numbers", "many names", "deep lists", "deep objects"],
 )
-def test_json_that_would_keep_the_parser_busy_is_refused(body: bytes, client: TestClient) -> None:
+def test_json_that_would_keep_the_parser_busy_is_refused(body: bytes, fault: str, client: TestClient) -> None:
     response = client.post("/predict", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 422
     assert problem_type(response) == "invalid-request"
+    assert fault in response.json()["detail"]
 
 
 def test_json_has_a_limit_of_its_own(tiny_store: ModelStore, tiny_backbone: Backbone) -> None:

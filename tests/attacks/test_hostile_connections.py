@@ -92,12 +92,9 @@ def test_a_huge_request_line_is_refused(server: RunningServer) -> None:
 
 
 def test_headers_without_an_end_are_refused_while_they_come(server: RunningServer) -> None:
-    """No blank line ever comes: what has come is bounded."""
-    with closing(connect(server)) as connection:
-        connection.sendall(b"GET /tasks HTTP/1.1\r\nHost: x\r\nX-Endless: ")
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            for _ in range(100_000):
-                connection.sendall(b"a" * 1024)
+    """No blank line ever comes: what has come is bounded, long before the time is up (which is a 408)."""
+    head = b"GET /tasks HTTP/1.1\r\nHost: x\r\nX-Endless: "
+    assert exchange(server, head + b"a" * 2 * MAX_HEADER_BYTES)[0] == 431
 
 
 def test_headers_of_a_second_request_are_bounded_too(server: RunningServer) -> None:
