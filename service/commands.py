@@ -64,6 +64,9 @@ def predict(
     task: Annotated[str | None, typer.Option(help="Let this task answer instead of choosing one.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
     selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
+    key: Annotated[
+        str | None, typer.Option(envvar="TOSCA_API_KEY", help="API key for the server; better as variable.")
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -77,7 +80,7 @@ def predict(
     data = [read_file(path) for path in pictures]
     if server is not None:
         query = {"top_k": top_k, "selection": chosen} | ({"task": task} if task else {})
-        answers = _ask(server, data, query)
+        answers = _ask(server, key, data, query)
     else:
         predictor = OfflinePredictor(ModelStore(store), device=device, precision=precision)
         answers = [asdict(one) for one in predictor.answer(data, selection=chosen, task=task, top_k=top_k)]
@@ -93,9 +96,10 @@ def predict(
     )
 
 
-def _ask(server: str, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask(server: str, key: str | None, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
-    with httpx.Client(base_url=server, timeout=60.0) as client:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server, timeout=60.0, headers=headers) as client:
         for start in range(0, len(data), _IMAGES_PER_REQUEST):
             files = [
                 ("image", (f"{start + i}", one))

@@ -11,6 +11,7 @@ import httpx
 import torch
 
 from model_store.backbone import Backbone
+from model_store.bank import ModuleBank
 from model_store.preprocess import ImageLimits, load_pixels
 from model_store.publishing import Publisher
 from model_store.replay import GivenAnswer, differences
@@ -121,7 +122,10 @@ def find_mismatches(
     pictures: Sequence[bytes],
     answers: Sequence[tuple[int, dict[str, Any]]],
 ) -> list[str]:
-    """Answers (picture, prediction) that differ from the offline result for the revision in their receipt."""
+    """Answers (picture, prediction) that differ from the offline result for the revision in their receipt.
+
+    Revisions with the same tasks share an offline bank, which is built from the store's files alone.
+    """
     cls = [
         backbone.embed(load_pixels(one, backbone.preprocessing, ImageLimits()).unsqueeze(0))
         for one in pictures
@@ -131,8 +135,12 @@ def find_mismatches(
         given = GivenAnswer.model_validate(answer)
         given_by_revision.setdefault(given.receipt.revision, []).append((index, given))
     mismatches = []
+    bank_of_set: dict[frozenset[tuple[str, str]], ModuleBank] = {}
     for revision, asked in sorted(given_by_revision.items()):
-        bank = Publisher(store, revision=revision).active.bank
+        tasks = frozenset(store.revision(revision).tasks.items())
+        if tasks not in bank_of_set:
+            bank_of_set[tasks] = Publisher(store, revision=revision).active.bank
+        bank = bank_of_set[tasks]
         ordered = sorted({index for index, _ in asked})
         offline = bank.answer(torch.cat([cls[i] for i in ordered]), top_k=2)
         expected = dict(zip(ordered, offline, strict=True))
