@@ -4,7 +4,6 @@ import asyncio
 import base64
 import itertools
 import json
-import threading
 from collections.abc import Callable, Iterator
 
 import httpx
@@ -12,7 +11,6 @@ import pytest
 from pictures import encoded, noise
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
-from torch import Tensor
 
 from model_store.backbone import Backbone
 from model_store.errors import ImageTooLarge, InvalidRequest, ToscaError
@@ -322,57 +320,3 @@ def test_json_has_a_limit_of_its_own(tiny_store: ModelStore, tiny_backbone: Back
 def test_a_problem_carries_the_id_of_its_request(client: TestClient) -> None:
     response = client.post("/predict", content=b"junk", headers={"x-request-id": "order-66"})
     assert response.json()["request_id"] == response.headers["x-request-id"] == "order-66"
-
-
-# -- clients that leave ----------------------------------------------------------------------------------
-
-
-class SlowBackbone:
-    """A backbone whose passes wait for `gate`."""
-
-    def __init__(self, inner: Backbone) -> None:
-        self.inner = inner
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        assert self.gate.wait(60.0)
-        return self.inner.embed(pixels_BCHW)
-
-
-def test_a_client_that_leaves_takes_its_pictures_along(
-    tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
-) -> None:
-    tiny_store.publish(with_task("birds", tiny_store.put_module(make_module("birds"))), "add birds")
-    backbone = SlowBackbone(tiny_backbone)
-    app = create_app(Settings(store=tiny_store.url, store_poll_s=0.0), backbone)
-    sent: list[Message] = []
-
-    async def leave_early() -> int:
-        engine = app.state.service.engine
-        messages = iter([{"type": "http.request", "body": encoded(noise())}])
-
-        async def receive() -> Message:
-            if (message := next(messages, None)) is not None:
-                return message
-            while engine.num_admitted == 0:  # leaves as soon as it is let in
-                await asyncio.sleep(0)
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
-        await app({**scope, "app": app, "client": None, "server": ("testserver", 80)}, receive, send)
-        return int(engine.num_admitted)
-
-    with TestClient(app):
-        backbone.gate.clear()
-        try:
-            assert asyncio.run(leave_early()) == 0
-        finally:
-            backbone.gate.set()
-    assert sent[0]["status"] == 499

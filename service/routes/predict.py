@@ -1,16 +1,14 @@
 """POST /predict."""
 
-import asyncio
 import time
-from collections.abc import Coroutine
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request
 
 from model_store.errors import InvalidRequest
 from model_store.selection import Selection
 from service.admission import deadline_s
-from service.engine import Question, TimedAnswer
+from service.engine import Question
 from service.errors import DeadlineExceeded
 from service.payloads import decode_base64, read_pictures
 from service.routes.state import Predicting, State, problems
@@ -18,7 +16,6 @@ from service.schemas import PredictRequest, PredictResponse
 
 router = APIRouter(tags=["predict"])
 
-_CLIENT_LEFT = 499  # nobody reads it but the log
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
@@ -43,7 +40,6 @@ _BODY = {
 @router.post(
     "/predict",
     openapi_extra=_BODY,
-    response_model=PredictResponse,
     responses=problems(404, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
 )
@@ -56,7 +52,7 @@ async def predict(
     selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
-) -> PredictResponse | Response:
+) -> PredictResponse:
     """Answer each picture with the most probable (task, label) over all active tasks.
 
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
@@ -77,28 +73,8 @@ async def predict(
     left_s = timeout_s - (time.monotonic() - started)
     if left_s <= 0.0:
         raise DeadlineExceeded(f"the body took all of the {timeout_s:g} s")
-    question = Question(bank, selection, task, top_k)
-    answers = await _while_connected(request, state.engine.answer(body, question, left_s))
-    if answers is None:
-        return Response(status_code=_CLIENT_LEFT)
+    answers = await state.engine.answer(body, Question(bank, selection, task, top_k), left_s)
     return PredictResponse.of(answers, timings=timings)
-
-
-async def _while_connected(
-    request: Request, work: Coroutine[Any, Any, list[TimedAnswer]]
-) -> list[TimedAnswer] | None:
-    """The result of `work`, which is cancelled when the client leaves: None then, and no pass for nobody."""
-    answering = asyncio.create_task(work)
-    leaving = asyncio.ensure_future(request.receive())  # the body is read: what comes now is the end
-    try:
-        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
-        return None
-    finally:
-        answering.cancel()
-        leaving.cancel()
-        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
 def _check_count(num_images: int, limit: int) -> None:
