@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -267,6 +268,22 @@ def test_a_route_wants_its_scope(
 def test_health_needs_no_key(client: TestClient) -> None:
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").status_code == 200
+
+
+def test_a_key_that_crowds_is_told_when_to_come_back_and_others_are_served(
+    client: TestClient, keys_file: Path
+) -> None:
+    crowding, other = add_key(keys_file, "crowd", "predict"), add_key(keys_file, "other", "predict")
+    quota = client.app.state.service.quota
+    with ExitStack() as under_way:
+        for _ in range(Settings().max_requests_per_key):
+            under_way.enter_context(quota.place(split_token(crowding)[0], 1.0))
+        refused = client.post("/predict", content=encoded(noise()), headers=bearer(crowding))
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["type"] == "urn:tosca:problem:too-many-requests"
+        assert client.post("/predict", content=encoded(noise()), headers=bearer(other)).status_code == 200
+    assert client.post("/predict", content=encoded(noise()), headers=bearer(crowding)).status_code == 200
 
 
 def test_what_a_key_does_carries_its_name(
