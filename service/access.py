@@ -90,8 +90,8 @@ class Access:
         self._own_origins = frozenset(settings.cors_origins)
         self._is_local = all(is_loopback(host) for host in settings.hosts)
         allowed = settings.allow_anonymous
-        if allowed == "auto":
-            if self._ring is None and not self._is_local:
+        if allowed in ("auto", "without-keys"):
+            if allowed == "auto" and self._ring is None and not self._is_local:
                 raise InvalidSettings(
                     f"no keys file, and {settings.host} can be reached by others: make keys with `tosca keys "
                     "create` and set TOSCA_KEYS_FILE, or say TOSCA_ALLOW_ANONYMOUS=predict or everything"

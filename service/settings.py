@@ -38,10 +38,10 @@ class Settings(BaseSettings):
     tls_certificate: Path | None = Field(None, description="Certificate chain, PEM: serve HTTPS.")
     tls_key: Path | None = Field(None, description="Its private key, PEM, not encrypted.")
     keys_file: Path | None = Field(None, description="API keys, as `tosca keys` writes them.")
-    allow_anonymous: Literal["auto", "nothing", "predict", "everything"] = Field(
+    allow_anonymous: Literal["auto", "without-keys", "nothing", "predict", "everything"] = Field(
         "auto",
         description="What needs no key. auto: nothing with a keys file; without one everything, but then "
-        "the server listens on loopback only.",
+        "the server listens on loopback only. without-keys: the same on any address.",
     )
     cors_origins: Words = Field((), description="Origins whose pages may call the API, separated by blanks.")
     show_docs: bool = Field(True, description="Serve /docs and /openapi.json.")

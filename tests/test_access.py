@@ -168,6 +168,13 @@ def test_without_keys_nobody_else_can_reach_the_server_unless_that_was_said(host
     assert Access(Settings(host=host, allow_anonymous="everything")).identify(None).scopes == set(SCOPES)
 
 
+def test_open_until_there_are_keys_means_closed_when_there_are(keys_file: Path) -> None:
+    opened = Settings(host="0.0.0.0", allow_anonymous="without-keys")
+    assert Access(opened).identify(None).scopes == set(SCOPES)
+    closed = Settings(host="0.0.0.0", allow_anonymous="without-keys", keys_file=keys_file)
+    assert Access(closed).identify(None).scopes == set()
+
+
 def test_on_loopback_everything_is_open_until_there_are_keys(keys_file: Path) -> None:
     assert Access(Settings()).identify(None).scopes == set(SCOPES)
     assert Access(Settings(keys_file=keys_file)).identify(None).scopes == set()
