@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker bench constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit constraints clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,43 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 
 bench: demo ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed
+	$(BIN)/python -m benchmarks.soak
+
+# Tools in environments of their own, so that constraints.txt stays what the product needs.
+.tosca/fuzz-tools/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --target .tosca/fuzz-tools atheris==3.0.0
+	touch $@
+
+.tosca/api-tools/.installed:
+	$(PYTHON) -m venv .tosca/api-tools
+	.tosca/api-tools/bin/python -m pip install --quiet schemathesis==4.32.5
+	touch $@
+
+.tosca/lock-tools/.installed:
+	$(PYTHON) -m venv .tosca/lock-tools
+	.tosca/lock-tools/bin/python -m pip install --quiet pip-tools==7.6.2 cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+# torch and torchvision are left out: their CPU and CUDA builds carry the same version and other hashes.
+lock: .tosca/lock-tools/.installed ## rewrite requirements.lock: what the service needs, pinned, with hashes
+	CUSTOM_COMPILE_COMMAND="make lock" .tosca/lock-tools/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	  --extra service --constraint constraints.txt --unsafe-package torch --unsafe-package torchvision \
+	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate \
+	  --output-file requirements.lock pyproject.toml
+
+sbom: install .tosca/lock-tools/.installed ## what is installed, as CycloneDX JSON: .tosca/sbom.cdx.json
+	.tosca/lock-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file .tosca/sbom.cdx.json $(BIN)/python
+
+audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements.lock (asks PyPI's advisory service)
+	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
+fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing for each reader of strangers' bytes
+	PYTHONPATH=.tosca/fuzz-tools $(BIN)/python tests/fuzz/__main__.py
+
+test-api: install .tosca/api-tools/.installed ## the OpenAPI document against the service, by schemathesis
+	$(BIN)/pytest tests/test_openapi.py -m slow -s
 
 constraints: install ## rewrite constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

@@ -8,8 +8,13 @@ import os
 import sys
 from pathlib import Path
 
-# NAME_FILE variables that other programs define with a meaning of their own.
-LEFT_ALONE = {"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SHARED_CREDENTIALS_FILE", "SSL_CERT_FILE"}
+# NAME_FILE variables with a meaning of their own, in other programs or in service/settings.py.
+LEFT_ALONE = {
+    "TOSCA_KEYS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "SSL_CERT_FILE",
+}
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from model_store.errors import InvalidBackbone, ToscaError
 from model_store.impact import ImpactReport, TaskImpact
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
+from model_store.sign_commands import read_signature, sign
 from model_store.store import ModelStore, Revision, without_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
@@ -37,6 +38,7 @@ revisions_app = typer.Typer(no_args_is_help=True, help="History of a store.")
 app.add_typer(backbone_app, name="backbone")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(revisions_app, name="revisions")
+app.command()(sign)
 
 
 def main() -> None:
@@ -155,7 +157,9 @@ def publish(
     Example: tosca publish birds.safetensors --dry-run
     """
     publisher = Publisher(ModelStore(store), margin=margin)
-    outcome = publisher.register(read_file(module), dry_run=dry_run, force=force, reason=reason)
+    outcome = publisher.register(
+        read_file(module), dry_run=dry_run, force=force, reason=reason, signature=read_signature(module)
+    )
     if json:
         print_json(
             {

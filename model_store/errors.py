@@ -3,7 +3,9 @@
     ToscaError
     ├── InvalidModule            a module file that must not be used
     │   ├── FingerprintMismatch  made for another backbone
-    │   └── GoldenCheckFailed    does not reproduce its trainer's outputs here
+    │   ├── GoldenCheckFailed    does not reproduce its trainer's outputs here
+    │   └── UntrustedModule      lacks the signature that is required
+    ├── InvalidTrust             a key or list of signers that cannot be used
     ├── InvalidImage             bytes that are no picture we can read
     │   ├── UnsupportedImageFormat
     │   └── ImageTooLarge
@@ -38,6 +40,14 @@ class FingerprintMismatch(InvalidModule):
 
 
 class GoldenCheckFailed(InvalidModule):
+    pass
+
+
+class UntrustedModule(InvalidModule):
+    pass
+
+
+class InvalidTrust(ToscaError):
     pass
 
 

@@ -3,16 +3,18 @@
 The service and the command line share this path; the service runs it off the request path.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from model_store.backbone import BackboneManifest
 from model_store.bank import ModuleBank
-from model_store.errors import Conflict, CorruptStore, HarmsOtherTasks
+from model_store.errors import Conflict, CorruptStore, HarmsOtherTasks, InvalidModule
 from model_store.impact import ImpactReport, TaskHealth, compare_banks
 from model_store.module_file import ModuleFile, check_module, read_module
+from model_store.signatures import Signature, Trust
 from model_store.store import ModelStore, Revision, with_task, without_task
 
 DEFAULT_MARGIN = 0.05
@@ -26,6 +28,7 @@ class ActiveSet:
     revision: Revision
     bank: ModuleBank
     files: Mapping[str, ModuleFile]  # by task
+    signers: Mapping[str, str] = field(default_factory=dict)  # by SHA-256 of the module, trusted ones only
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +51,16 @@ class Publisher:
         device: torch.device | str = "cpu",
         margin: float = DEFAULT_MARGIN,
         revision: int | None = None,
+        trust: Trust | None = None,
     ) -> None:
         """Load the newest revision of `store`, or an old one to look at.
 
         `margin` is the largest share of right answers, in [0, 1], that a registration may cost another
-        task's calibration set before it is refused.
+        task's calibration set before it is refused. Where `trust` requires signatures, no module without
+        one is loaded, whoever wrote it into the store.
         """
         self.store = store
+        self.trust = trust or Trust.nobody()
         self.device = torch.device(device)
         self.margin = margin
         start = store.require_head() if revision is None else store.revision(revision)
@@ -76,15 +82,25 @@ class Publisher:
         return file
 
     def register(
-        self, data: bytes, *, dry_run: bool = False, force: bool = False, reason: str = ""
+        self,
+        data: bytes,
+        *,
+        dry_run: bool = False,
+        force: bool = False,
+        reason: str = "",
+        author: str | None = None,
+        signature: Signature | None = None,
     ) -> Outcome:
         """Add or replace the task of a module file.
 
-        Raises InvalidModule for a bad file and HarmsOtherTasks when another task would lose more than the
-        margin and `force` is not set; in both cases nothing has changed.
+        Raises InvalidModule for a bad file or one that is not signed as it must be, and HarmsOtherTasks
+        when another task would lose more than the margin and `force` is not set; in each case nothing has
+        changed.
         """
         file = self.admit(data)
         task = file.manifest.task
+        given = [signature] if signature is not None else []
+        signer = self._signer_of(file.sha256, given)
 
         change = with_task(task, file.sha256)
 
@@ -92,21 +108,28 @@ class Publisher:
             if outcome.harmed and not force:
                 raise HarmsOtherTasks(_harm(task, outcome, self.margin))
             self.store.put_module(data)
+            for one in given:
+                self.store.put_signature(one)
             verb = "replace" if task in parent.files else "add"
-            return self.store.publish(change, reason or f"{verb} {task}", parent=parent.revision)
+            return self.store.publish(
+                change, reason or f"{verb} {task}", parent=parent.revision, author=author
+            )
 
-        return self._change(change, publish, task=task, new_file=file, dry_run=dry_run)
+        new = _NewFile(file, signer)
+        return self._change(change, publish, task=task, new=new, dry_run=dry_run)
 
-    def remove(self, task: str, *, reason: str = "") -> Outcome:
+    def remove(self, task: str, *, reason: str = "", author: str | None = None) -> Outcome:
         """Take a task out of the active set; its file stays in the store. Raises UnknownTask."""
         change = without_task(task)
 
         def publish(parent: ActiveSet, _: Outcome) -> Revision:
-            return self.store.publish(change, reason or f"remove {task}", parent=parent.revision)
+            return self.store.publish(
+                change, reason or f"remove {task}", parent=parent.revision, author=author
+            )
 
         return self._change(change, publish, task=task)
 
-    def rollback(self, number: int, *, reason: str = "") -> Outcome:
+    def rollback(self, number: int, *, reason: str = "", author: str | None = None) -> Outcome:
         """Publish the task set of an old revision as a new one. Raises UnknownRevision, Conflict."""
         target = self.store.revision(number)
         if target.backbone_fingerprint != self.backbone.fingerprint:
@@ -114,7 +137,10 @@ class Publisher:
 
         def publish(parent: ActiveSet, _: Outcome) -> Revision:
             return self.store.publish(
-                lambda _: target.tasks, reason or f"roll back to revision {number}", parent=parent.revision
+                lambda _: target.tasks,
+                reason or f"roll back to revision {number}",
+                parent=parent.revision,
+                author=author,
             )
 
         return self._change(lambda _: target.tasks, publish)
@@ -125,7 +151,7 @@ class Publisher:
         publish: Callable[[ActiveSet, Outcome], Revision],
         *,
         task: str | None = None,
-        new_file: ModuleFile | None = None,
+        new: "_NewFile | None" = None,
         dry_run: bool = False,
     ) -> Outcome:
         """Build the bank of the changed set and publish it; begin again when another writer was first."""
@@ -135,8 +161,9 @@ class Publisher:
             replaced = parent.revision.tasks.get(task) if task else None
             if wanted == parent.revision.tasks:
                 return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
-            files, bank = self._build(wanted, parent.revision.number + 1, parent, new_file)
-            impact = compare_banks(parent.bank, bank, self._health)
+            built = self._build(wanted, parent.revision.number + 1, parent, new)
+            impact = compare_banks(parent.bank, built.bank, self._health)
+            _check_finite(impact)
             harmed = tuple(
                 one.task for one in impact.tasks if one.task != task and one.accuracy_loss > self.margin
             )
@@ -149,7 +176,7 @@ class Publisher:
                 raise
             except Conflict:
                 continue
-            self._switch(ActiveSet(revision, bank, files))
+            self._switch(ActiveSet(revision, built.bank, built.files, built.signers))
             self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
             return Outcome(self.active, impact, published=True, replaced_sha256=replaced, harmed=harmed)
         raise Conflict(f"gave up after {_ATTEMPTS} attempts: other writers publish without pause")
@@ -164,23 +191,33 @@ class Publisher:
                 f"revision {revision.number} moved to backbone {revision.backbone_fingerprint[:12]}…: "
                 "restart to serve it"
             )
-        files, bank = self._build(revision.tasks, revision.number, previous)
-        return ActiveSet(revision, bank, files)
+        built = self._build(revision.tasks, revision.number, previous)
+        return ActiveSet(revision, built.bank, built.files, built.signers)
+
+    def _signer_of(self, sha256: str, given: Sequence[Signature] = ()) -> str | None:
+        if not self.trust.key_of and not self.trust.is_required:
+            return None
+        return self.trust.signer_of(sha256, [*given, *self.store.signatures(sha256)])
 
     def _build(
         self,
         tasks: Mapping[str, str],
         number: int,
         previous: ActiveSet | None,
-        new_file: ModuleFile | None = None,
-    ) -> tuple[dict[str, ModuleFile], ModuleBank]:
+        new: "_NewFile | None" = None,
+    ) -> "_Built":
         known = {file.sha256: file for file in previous.files.values()} if previous else {}
-        if new_file is not None:
-            known[new_file.sha256] = new_file
-        files = {
-            task: known[sha256] if sha256 in known else self.admit(self.store.module(sha256))
-            for task, sha256 in tasks.items()
-        }
+        signers = dict(previous.signers) if previous else {}
+        if new is not None:
+            known[new.file.sha256] = new.file
+            signers |= {new.file.sha256: new.signer} if new.signer else {}
+        files = {}
+        for task, sha256 in tasks.items():
+            if sha256 not in known:
+                if (signer := self._signer_of(sha256)) is not None:
+                    signers[sha256] = signer
+                known[sha256] = self.admit(self.store.module(sha256))
+            files[task] = known[sha256]
         for task, file in files.items():
             if file.manifest.task != task:
                 raise CorruptStore(
@@ -194,7 +231,32 @@ class Publisher:
             device=self.device,
             previous=previous.bank if previous else None,
         )
-        return files, bank
+        active = set(tasks.values())
+        return _Built(files, bank, {sha256: name for sha256, name in signers.items() if sha256 in active})
+
+
+@dataclass(frozen=True, slots=True)
+class _NewFile:
+    """A module file on its way in, and the trusted signer who vouches for it."""
+
+    file: ModuleFile
+    signer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """An active set that no revision names yet."""
+
+    files: Mapping[str, ModuleFile]
+    bank: ModuleBank
+    signers: Mapping[str, str]
+
+
+def _check_finite(impact: ImpactReport) -> None:
+    """Refuse a set whose answers on the calibration sets are not all numbers."""
+    for one in impact.tasks:
+        if one.after is not None and not math.isfinite(one.after.ece):
+            raise InvalidModule(f"task {one.task!r}: answers on its calibration set are not finite")
 
 
 def _harm(task: str, outcome: Outcome, margin: float) -> str:

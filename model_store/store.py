@@ -2,6 +2,7 @@
 
     backbones/<fingerprint>/{manifest.json,weights.safetensors}
     modules/<sha256>.safetensors
+    signatures/<sha256>/<key id>.json
     revisions/<number>.json
 
 Publishing writes the files first and then creates the next revision with put-if-absent, so two writers
@@ -13,27 +14,25 @@ import contextlib
 import getpass
 import hashlib
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model_store.backbone import BackboneArtefact, BackboneManifest
 from model_store.errors import (
     Conflict,
     CorruptStore,
-    StoreUnavailable,
     UnknownBackbone,
     UnknownModule,
     UnknownRevision,
     UnknownTask,
 )
 from model_store.manifest import Sha256, TaskName
+from model_store.object_files import Files, ObjectFiles
+from model_store.signatures import Signature
 
 Reason = Annotated[str, Field(max_length=1000)]
 _DIGITS = 12
@@ -60,14 +59,15 @@ class Revision(BaseModel):
 class ModelStore:
     """A store URL opened for reading and publishing. Safe to use from several threads and processes."""
 
-    def __init__(self, url: str | Path, author: str | None = None) -> None:
+    def __init__(self, url: str | Path, author: str | None = None, files: Files | None = None) -> None:
         """Open a folder (a path or file:// URL, created when absent) or s3://, gs://, az:// URL.
 
-        Credentials and endpoints of object stores come from their usual environment variables.
+        Credentials and endpoints of object stores come from their usual environment variables. `files`
+        takes the place of what the URL names.
         """
         self.url = str(url)
         self.author = author or _default_author()
-        self._files = _open(self.url)
+        self._files = files or ObjectFiles(self.url)
 
     def __repr__(self) -> str:
         return f"ModelStore({self.url!r})"
@@ -78,15 +78,15 @@ class ModelStore:
         """Keep a backbone (idempotent) and return its fingerprint. Its manifest is written last."""
         artefact.verify()
         fingerprint = artefact.manifest.fingerprint
-        self._put_new(f"backbones/{fingerprint}/weights.safetensors", artefact.weights)
-        self._put_new(
+        self._files.put_new(f"backbones/{fingerprint}/weights.safetensors", artefact.weights)
+        self._files.put_new(
             f"backbones/{fingerprint}/manifest.json", artefact.manifest.model_dump_json(indent=2).encode()
         )
         return fingerprint
 
     def backbone_manifest(self, fingerprint: str) -> BackboneManifest:
         path = f"backbones/{fingerprint}/manifest.json"
-        data = self._get(path)
+        data = self._files.get(path)
         if data is None:
             raise UnknownBackbone(f"store {self.url} holds no backbone {fingerprint}")
         try:
@@ -99,7 +99,7 @@ class ModelStore:
 
     def backbone(self, fingerprint: str) -> BackboneArtefact:
         manifest = self.backbone_manifest(fingerprint)
-        weights = self._get(f"backbones/{fingerprint}/weights.safetensors")
+        weights = self._files.get(f"backbones/{fingerprint}/weights.safetensors")
         if weights is None:
             raise CorruptStore(f"backbone {fingerprint} has a manifest but no weights")
         artefact = BackboneArtefact(manifest, weights)
@@ -107,11 +107,8 @@ class ModelStore:
         return artefact
 
     def backbones(self) -> list[BackboneManifest]:
-        with _translated(self.url):
-            folders = obstore.list_with_delimiter(self._files, "backbones")["common_prefixes"]
-        fingerprints = sorted(Path(folder).name for folder in folders)
         found = []
-        for fingerprint in fingerprints:
+        for fingerprint in sorted(self._files.folders("backbones")):
             with contextlib.suppress(UnknownBackbone):  # weights written, manifest not yet
                 found.append(self.backbone_manifest(fingerprint))
         return found
@@ -121,18 +118,34 @@ class ModelStore:
     def put_module(self, data: bytes) -> str:
         """Keep the bytes of a module file (idempotent) and return their SHA-256, the file's name."""
         sha256 = hashlib.sha256(data).hexdigest()
-        self._put_new(f"modules/{sha256}.safetensors", data)
+        self._files.put_new(f"modules/{sha256}.safetensors", data)
         return sha256
 
     def module(self, sha256: str) -> bytes:
         """The bytes of a module file, verified against its name."""
-        data = self._get(f"modules/{sha256}.safetensors")
+        data = self._files.get(f"modules/{sha256}.safetensors")
         if data is None:
             raise UnknownModule(f"store {self.url} holds no module {sha256}")
         digest = hashlib.sha256(data).hexdigest()
         if digest != sha256:
             raise CorruptStore(f"module {sha256} reads back with SHA-256 {digest}")
         return data
+
+    # -- signatures ----------------------------------------------------------------------------------
+
+    def put_signature(self, signature: Signature) -> None:
+        """Keep a signature beside its module (idempotent)."""
+        path = f"signatures/{signature.module_sha256}/{signature.key_id}.json"
+        self._files.put_new(path, signature.model_dump_json().encode())
+
+    def signatures(self, sha256: str) -> list[Signature]:
+        """The signatures that lie beside a module, none of them judged; unreadable ones are left out."""
+        found = []
+        for name in sorted(self._files.names(f"signatures/{sha256}")):
+            data = self._files.get(f"signatures/{sha256}/{name}")
+            with contextlib.suppress(ValidationError):
+                found.append(Signature.model_validate_json(data or b""))
+        return found
 
     # -- revisions -----------------------------------------------------------------------------------
 
@@ -142,18 +155,15 @@ class ModelStore:
         return self.revision(number) if number else None
 
     def head_number(self, known: int = 0) -> int:
-        offset = _revision_path(known) if known else None
         newest = known
-        with _translated(self.url):
-            for page in obstore.list(self._files, "revisions", offset=offset):
-                for entry in page:
-                    name = Path(entry["path"])
-                    if name.suffix == ".json" and name.stem.isdigit():
-                        newest = max(newest, int(name.stem))
+        for name in self._files.names("revisions", after=_revision_path(known) if known else None):
+            stem, _, suffix = name.partition(".")
+            if suffix == "json" and stem.isdecimal() and stem.isascii():
+                newest = max(newest, int(stem))
         return newest
 
     def revision(self, number: int) -> Revision:
-        data = self._get(_revision_path(number)) if number >= 1 else None
+        data = self._files.get(_revision_path(number)) if number >= 1 else None
         if data is None:
             raise UnknownRevision(f"store {self.url} has no revision {number}")
         try:
@@ -175,9 +185,10 @@ class ModelStore:
         reason: str,
         *,
         parent: Revision | None = None,
+        author: str | None = None,
         attempts: int = 50,
     ) -> Revision:
-        """Publish the task set `change(head)` as the next revision.
+        """Publish the task set `change(head)` as the next revision; its author is the store's unless named.
 
         Without `parent`, a writer that loses the race applies its change to the new head and tries again.
         With `parent`, it raises Conflict instead, for callers whose change was judged against that parent.
@@ -185,7 +196,9 @@ class ModelStore:
         current = parent
         for _ in range(attempts):
             current = current or self.require_head()
-            draft = self._draft(current.number + 1, current.backbone_fingerprint, change(current), reason)
+            draft = self._draft(
+                current.number + 1, current.backbone_fingerprint, change(current), reason, author
+            )
             if self._put_revision(draft):
                 return draft
             if parent is not None:
@@ -220,37 +233,22 @@ class ModelStore:
             raise UnknownRevision(f"store {self.url} has no backbone yet: run `tosca backbone add`")
         return head
 
-    def _draft(self, number: int, fingerprint: str, tasks: Mapping[str, str], reason: str) -> Revision:
+    def _draft(
+        self, number: int, fingerprint: str, tasks: Mapping[str, str], reason: str, author: str | None = None
+    ) -> Revision:
         return Revision(
             number=number,
             backbone_fingerprint=fingerprint,
             tasks=dict(sorted(tasks.items())),
             reason=reason,
-            author=self.author,
+            author=author or self.author,
             created_at=datetime.now(UTC),
         )
 
     def _put_revision(self, revision: Revision) -> bool:
-        return self._put_new(_revision_path(revision.number), revision.model_dump_json(indent=2).encode())
-
-    # -- bytes ---------------------------------------------------------------------------------------
-
-    def _put_new(self, path: str, data: bytes) -> bool:
-        """Write an object unless it exists; True when this call wrote it."""
-        with _translated(self.url):
-            try:
-                # One whole put: multipart uploads have no put-if-absent everywhere.
-                obstore.put(self._files, path, data, mode="create", use_multipart=False)
-            except AlreadyExistsError:
-                return False
-        return True
-
-    def _get(self, path: str) -> bytes | None:
-        with _translated(self.url):
-            try:
-                return bytes(obstore.get(self._files, path).bytes())
-            except FileNotFoundError:
-                return None
+        return self._files.put_new(
+            _revision_path(revision.number), revision.model_dump_json(indent=2).encode()
+        )
 
 
 def with_task(task: str, sha256: str) -> Callable[[Revision], Mapping[str, str]]:
@@ -267,28 +265,6 @@ def without_task(task: str) -> Callable[[Revision], Mapping[str, str]]:
         return {name: sha256 for name, sha256 in revision.tasks.items() if name != task}
 
     return change
-
-
-def _open(url: str) -> ObjectStore:
-    if "://" not in url or url.startswith("file://"):
-        path = Path(url.removeprefix("file://")).expanduser().resolve()
-        try:
-            return LocalStore(path, mkdir=True)
-        except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"store folder {path} cannot be opened: {error}") from error
-    try:
-        return from_url(url)
-    except (BaseError, ValueError) as error:
-        raise StoreUnavailable(f"store {url} cannot be opened: {error}") from error
-
-
-@contextlib.contextmanager
-def _translated(url: str) -> Iterator[None]:
-    """Name every fault of the storage StoreUnavailable; a missing bucket is one, too."""
-    try:
-        yield
-    except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"store {url} does not answer: {str(error).splitlines()[0]}") from error
 
 
 def _revision_path(number: int) -> str:

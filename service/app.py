@@ -1,71 +1,144 @@
-"""The FastAPI application: `create_app(settings)` and the lifespan that starts and stops its parts."""
+"""The FastAPI applications of the main and the admin port, and the lifespan that holds their parts."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.datastructures import State
+from starlette.types import Lifespan
 
 from model_store.backbone import Backbone
 from model_store.publishing import Publisher
+from model_store.signatures import Trust
 from model_store.store import ModelStore
 from service import problems
+from service.access import Access
+from service.admission import KeyQuota
+from service.audit import AuditLog
+from service.bodies import LimitBodies
 from service.engine import Engine
-from service.payloads import LimitBody
+from service.errors import InvalidSettings
 from service.registry import TaskRegistry
+from service.request_context import TrackRequests
 from service.routes import health, predict, revisions, tasks
-from service.routes.state import ServiceState
+from service.routes.state import ServiceState, documented
 from service.settings import Settings
+from service.web import CloseWhenDraining, SecureHeaders
 
 
-def create_app(settings: Settings, backbone: Backbone | None = None) -> FastAPI:
+def create_app(
+    settings: Settings, backbone: Backbone | None = None, store: ModelStore | None = None
+) -> FastAPI:
     """The service as an ASGI application.
 
-    At start it opens the store, loads and warms up the backbone (unless one is given), builds the bank of
-    the newest revision, and only then is ready. At stop it answers what it has admitted.
+    At start it opens the store, loads and warms up the backbone (unless they are given), builds the bank of
+    the newest revision, and only then is ready. At stop it answers what it has admitted. With an admin
+    port set, changes of the tasks are left to `create_admin_app`.
     """
+    access = Access(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine, registry = await asyncio.to_thread(_load, settings, backbone)
-        with engine, contextlib.closing(registry):
-            state = ServiceState(settings, engine, registry)
-            app.state.service = state
-            follower = (
-                asyncio.create_task(registry.follow(settings.store_poll_s)) if settings.store_poll_s else None
-            )
-            state.is_ready = True
-            yield
-            state.is_ready = False
-            if follower is not None:
-                follower.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await follower
+        with AuditLog(settings.audit_log) as audit:
+            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit)
+            with engine, contextlib.closing(registry):
+                quota = KeyQuota(settings.max_requests_per_key)
+                state = ServiceState(settings, engine, registry, access, quota)
+                app.state.service = state
+                async with _following(registry, settings.store_poll_s):
+                    state.is_ready = True
+                    yield
+                    state.is_ready = False
 
+    app = _new_app(settings, lifespan)
+    routers = [predict.router, tasks.router]
+    if settings.admin_port is None:
+        routers += [tasks.admin_router, revisions.router]
+    _include(app, routers)
+    return app
+
+
+def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
+    """The application of the admin port: tasks and revisions, over the running parts of `main`."""
+    app = _new_app(settings, None, main.state)
+    _include(app, [tasks.router, tasks.admin_router, revisions.router])
+    return app
+
+
+def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
+    """Routes that want a key, and those of /health, which do not."""
+    for router in routers:
+        app.include_router(router, dependencies=documented)
+    app.include_router(health.router)
+
+
+def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: State | None = None) -> FastAPI:
     app = FastAPI(
         title="TOSCA Serving",
         version=version("tosca-serving"),
         summary="One frozen backbone, one LuCA module per task, chosen per image by calibrated confidence.",
         lifespan=lifespan,
+        openapi_url="/openapi.json" if settings.show_docs else None,
+        redoc_url=None,
     )
-    for router in (predict.router, tasks.router, revisions.router, health.router):
-        app.include_router(router)
+    if state is not None:
+        app.state = state
     problems.install(app)
 
-    def limit_of(path: str) -> int:
-        return settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+    def limit_of(path: str, media_type: str) -> int:
+        limit = settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+        return min(limit, settings.max_json_bytes) if media_type == "application/json" else limit
 
-    app.add_middleware(LimitBody, limit_of=limit_of)
+    # Each wraps what stands above it: ids are there first, bodies are bounded last.
+    app.add_middleware(
+        LimitBodies,
+        limit_of=limit_of,
+        timeout_s=settings.body_timeout_s,
+        max_buffered_bytes=settings.max_buffered_bytes,
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(CloseWhenDraining, state=app.state)
+    app.add_middleware(SecureHeaders)
+    app.add_middleware(TrackRequests)
     return app
 
 
-def _load(settings: Settings, backbone: Backbone | None) -> tuple[Engine, TaskRegistry]:
-    store = ModelStore(settings.store)
+@asynccontextmanager
+async def _following(registry: TaskRegistry, poll_s: float) -> AsyncIterator[None]:
+    """Take over what others publish while the block runs; never, when `poll_s` is 0."""
+    follower = asyncio.create_task(registry.follow(poll_s)) if poll_s else None
+    try:
+        yield
+    finally:
+        if follower is not None:
+            follower.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await follower
+
+
+def _load(
+    settings: Settings, backbone: Backbone | None, store: ModelStore | None, audit: AuditLog
+) -> tuple[Engine, TaskRegistry]:
+    store = store or ModelStore(settings.store)
     head = store.require_head()
     if backbone is None:
         artefact = store.backbone(head.backbone_fingerprint)
         backbone = Backbone.load(artefact, settings.device, settings.precision)
-    publisher = Publisher(store, backbone.device, settings.impact_margin)
-    return Engine(backbone, settings), TaskRegistry(publisher)
+    trust = Trust.nobody()
+    if settings.trusted_signers is not None:
+        trust = Trust.read(settings.trusted_signers, is_required=settings.require_signature)
+    elif settings.require_signature:
+        raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
+    publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
+    return Engine(backbone, settings), TaskRegistry(publisher, audit)

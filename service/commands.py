@@ -22,6 +22,8 @@ from model_store.errors import InvalidRequest, StoreUnavailable
 from model_store.offline import OfflinePredictor
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from service.key_commands import keys_app
+from service.replay_command import replay
 from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
 
 _IMAGES_PER_REQUEST = 16
@@ -31,6 +33,8 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to `tosca`."""
     app.command()(serve)
     app.command()(predict)
+    app.command()(replay)
+    app.add_typer(keys_app, name="keys")
 
 
 def serve(
@@ -44,20 +48,12 @@ def serve(
 
     Example: tosca serve --store .tosca/store --port 8000
     """
-    import uvicorn
-
-    from service.app import create_app
+    from service.server import serve as run
 
     given = {"store": store, "host": host, "port": port, "device": device, "precision": precision}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     ModelStore(settings.store).require_head()  # a clear error before a server log
-    uvicorn.run(
-        create_app(settings),
-        host=settings.host,
-        port=settings.port,
-        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
-        access_log=False,
-    )
+    run(settings)
 
 
 def predict(
@@ -77,6 +73,9 @@ def predict(
     abstain_level: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Offline: abstain at or below this p-value.")
     ] = DEFAULT_ABSTAIN_LEVEL,
+    key: Annotated[
+        str | None, typer.Option(envvar="TOSCA_API_KEY", help="API key for the server; better as variable.")
+    ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -91,7 +90,7 @@ def predict(
     if server is not None:
         query = {"top_k": top_k, "selection": chosen, "task": task, "coverage": coverage}
         query = {name: value for name, value in query.items() if value is not None}
-        answers = _ask(server, data, query)
+        answers = _ask(server, key, data, query)
     else:
         predictor = OfflinePredictor(ModelStore(store), device=device, precision=precision)
         answers = [
@@ -124,9 +123,10 @@ def predict(
     )
 
 
-def _ask(server: str, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
+def _ask(server: str, key: str | None, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
-    with httpx.Client(base_url=server, timeout=60.0) as client:
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=server, timeout=60.0, headers=headers) as client:
         for start in range(0, len(data), _IMAGES_PER_REQUEST):
             files = [
                 ("image", (f"{start + i}", one))

@@ -9,6 +9,8 @@ bad picture never fails its neighbours.
 # B batch
 
 import asyncio
+import logging
+import math
 import queue
 import threading
 import time
@@ -26,8 +28,18 @@ from model_store.bank import ModuleBank
 from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
-from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.admission import DrainRate
+from service.errors import (
+    DeadlineExceeded,
+    DeviceOutOfMemory,
+    EngineStopped,
+    NotFinite,
+    Overloaded,
+    ShuttingDown,
+)
 from service.settings import Settings
+
+log = logging.getLogger("tosca.engine")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +94,10 @@ class Engine:
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._num_admitted = 0
+        self._drain = DrainRate()
         self._busy_since: float | None = None
-        self._seconds_per_image = 0.1
         self._stopping = False
+        self._has_died = False
 
     def __enter__(self) -> "Engine":
         if self._settings.torch_threads:
@@ -110,41 +122,55 @@ class Engine:
     @property
     def num_admitted(self) -> int:
         """Pictures admitted and not yet answered."""
-        return self._num_admitted
+        return self._drain.num_inside
 
-    async def answer(self, pictures: Sequence[bytes], question: Question) -> list[TimedAnswer]:
-        """Answer encoded pictures in order. Called on the event loop.
+    @property
+    def drain_s(self) -> float:
+        """Seconds until what is waiting now will be answered, at the rate measured last."""
+        return self._drain.drain_s
 
-        Raises Overloaded, ShuttingDown, DeadlineExceeded, InvalidImage and UnknownTask. Cancelling the
-        call takes its pictures out of the queue.
-        """
-        if question.task is not None:
-            question.bank.module(question.task)  # raises UnknownTask before anything is decoded
-        self._admit(len(pictures))
-        try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
-                return await self._answer_admitted(pictures, question)
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"not answered within {self._settings.request_timeout_s:g} s; {self._num_admitted} pictures "
-                "were waiting"
-            ) from error
-        finally:
-            self._num_admitted -= len(pictures)
-
-    def _admit(self, num_pictures: int) -> None:
+    def check_room(self, num_pictures: int = 1) -> None:
+        """Raise ShuttingDown, EngineStopped or Overloaded if `answer` would for so many more pictures."""
         if self._stopping:
             raise ShuttingDown("the service is shutting down")
+        if self._has_died:
+            raise EngineStopped("the inference thread has died; the process must be started again")
         limit = self._settings.max_queued_images
-        if self._num_admitted + num_pictures > limit:
+        if self.num_admitted + num_pictures > limit:
             raise Overloaded(
-                f"{self._num_admitted} pictures are waiting, at most {limit} may",
-                retry_after_s=self._num_admitted * self._seconds_per_image,
+                f"{self.num_admitted} pictures are waiting, at most {limit} may", retry_after_s=self.drain_s
             )
-        self._num_admitted += num_pictures
 
-    async def _answer_admitted(self, pictures: Sequence[bytes], question: Question) -> list[TimedAnswer]:
-        deadline = time.monotonic() + self._settings.request_timeout_s
+    async def answer(
+        self, pictures: Sequence[bytes], question: Question, timeout_s: float | None = None
+    ) -> list[TimedAnswer]:
+        """Answer encoded pictures in order, within `timeout_s` or the default. Called on the event loop.
+
+        Raises Overloaded, ShuttingDown, EngineStopped, DeadlineExceeded, InvalidImage and UnknownTask.
+        Cancelling the call takes its pictures out of the queue.
+        """
+        timeout_s = self._settings.request_timeout_s if timeout_s is None else timeout_s
+        if question.task is not None:
+            question.bank.module(question.task)  # raises UnknownTask before anything is decoded
+        self.check_room(len(pictures))
+        self._drain.enter(len(pictures))
+        is_answered = False
+        try:
+            async with asyncio.timeout(timeout_s):
+                answers = await self._answer_admitted(pictures, question, timeout_s)
+            is_answered = True
+            return answers
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                f"not answered within {timeout_s:g} s; {self.num_admitted} pictures were waiting"
+            ) from error
+        finally:
+            self._drain.leave(len(pictures), is_answered=is_answered)
+
+    async def _answer_admitted(
+        self, pictures: Sequence[bytes], question: Question, timeout_s: float
+    ) -> list[TimedAnswer]:
+        deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         decoded = await asyncio.gather(
             *(loop.run_in_executor(self._decoders, self._decode, data) for data in pictures),
@@ -160,6 +186,8 @@ class Engine:
             entries.append(_Entry(pixels, question, decode_s, deadline))
         for entry in entries:
             self._queue.put(entry)
+        if self._has_died:
+            self._fail_waiting()  # the thread may have died before these were queued
         try:
             return list(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
         finally:
@@ -178,13 +206,28 @@ class Engine:
         for batch_size in sorted({1, self.max_batch_size}):
             started = time.monotonic()
             self.backbone.embed(torch.zeros((batch_size, *size), dtype=torch.uint8)).cpu()
-            self._seconds_per_image = (time.monotonic() - started) / batch_size
+            self._drain = DrainRate((time.monotonic() - started) / batch_size)
 
     def _run(self) -> None:
-        while (batch := self._collect()) is not None:
-            self._busy_since = time.monotonic()
-            self._execute(batch)
-            self._busy_since = None
+        batch: list[_Entry] | None = []
+        try:
+            while (batch := self._collect()) is not None:
+                self._busy_since = time.monotonic()
+                self._execute(batch)
+                self._busy_since = None
+        except BaseException:  # nobody is left to see it: delivered to the waiters, and to is_alive
+            log.critical("the inference thread has died", exc_info=True)
+            self._has_died = True
+            self._fail_waiting(batch or [])
+
+    def _fail_waiting(self, batch: Sequence[_Entry] = ()) -> None:
+        waiting = list(batch)
+        while not self._queue.empty():
+            if (entry := self._queue.get()) is not None:
+                waiting.append(entry)
+        for entry in waiting:
+            if not entry.future.done():
+                entry.future.set_exception(EngineStopped("the inference thread has died"))
 
     def _collect(self) -> list[_Entry] | None:
         """What is waiting, at least one entry; None when stopped and everything is answered."""
@@ -214,17 +257,34 @@ class Engine:
                 entry.future.set_exception(DeadlineExceeded("waited in the queue until its deadline"))
                 continue
             live.append(entry)
-        if not live:
-            return
+        if live:
+            self._pass(live)
+
+    def _pass(self, live: list[_Entry]) -> None:
+        """One pass of the backbone, and the answers. A pass that fails is taken again in parts: in halves
+        when the device is out of memory, else one by one, so that only the guilty picture fails."""
+        started = time.monotonic()
         try:
             cls_BD = self.backbone.embed(torch.stack([entry.pixels for entry in live]))
             if cls_BD.is_cuda:
                 torch.cuda.synchronize(cls_BD.device)
+        except torch.OutOfMemoryError as error:
+            size = -(-len(live) // 2)
+            fault: Exception = DeviceOutOfMemory(f"the device is out of memory: {error}", self.drain_s)
         except Exception as error:  # delivered to the waiters
-            self._isolate(live, error)
+            size, fault = 1, error
+        else:
+            self._answer_pass(live, cls_BD, started)
             return
+        if len(live) == 1:
+            live[0].future.set_exception(fault)
+            return
+        # Outside the handlers, whose tracebacks hold the tensors of the failed pass.
+        for start in range(0, len(live), size):
+            self._pass(live[start : start + size])
+
+    def _answer_pass(self, live: list[_Entry], cls_BD: Tensor, started: float) -> None:
         backbone_s = time.monotonic() - started
-        self._seconds_per_image += 0.1 * (backbone_s / len(live) - self._seconds_per_image)
         rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
             self._answer_group(live, list(group), cls_BD, started, backbone_s)
@@ -250,24 +310,25 @@ class Engine:
         selection_s = time.monotonic() - answering
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
+            if not _is_finite(answer):
+                entry.future.set_exception(
+                    NotFinite(f"module {answer.receipt.module_sha256[:12]}… gives no number for this picture")
+                )
+                continue
             timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
             entry.future.set_result(TimedAnswer(answer, timings))
-
-    def _isolate(self, live: list[_Entry], error: Exception) -> None:
-        """A pass failed: run its pictures one by one, so that only the guilty one fails."""
-        if len(live) == 1:
-            live[0].future.set_exception(error)
-            return
-        for entry in live:
-            alone = _Entry(entry.pixels, entry.question, entry.decode_s, entry.deadline, entry.queued_at)
-            self._execute([alone])
-            if (fault := alone.future.exception()) is not None:
-                entry.future.set_exception(fault)
-            else:
-                entry.future.set_result(alone.future.result())
 
 
 def _group_key(question: Question) -> tuple[int, str, str, int, float]:
     """Equal for questions that one call of their bank can answer; the abstain level is the server's."""
     coverage = question.coverage or 0.0
     return question.bank.revision, question.selection, question.task or "", question.top_k, coverage
+
+
+def _is_finite(answer: Answer) -> bool:
+    probabilities = (
+        answer.confidence,
+        answer.task_probability,
+        *(one.probability for one in answer.alternatives),
+    )
+    return all(math.isfinite(one) for one in probabilities)

@@ -1,48 +1,25 @@
 """Reading request bodies: raw bytes, multipart or JSON, bounded before they are held."""
 
-import base64
+import asyncio
 import binascii
-from collections.abc import Callable
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model_store.errors import InvalidRequest
-from service.errors import BodyTooLarge, UnsupportedMediaType
+from model_store.errors import ImageTooLarge, InvalidRequest
+from model_store.signatures import Signature
+from service.bodies import media_type_of
+from service.errors import UnsupportedMediaType
 from service.schemas import PredictRequest, StoredModule
 
 Body = TypeVar("Body", bound=BaseModel)
 # What `curl --data-binary` sends unless told otherwise, and no content type at all, count as raw bytes.
 BINARY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded", "")
-
-
-class LimitBody:
-    """ASGI middleware that refuses a body larger than `limit_of(path)` bytes while it arrives."""
-
-    def __init__(self, app: ASGIApp, limit_of: Callable[[str], int]) -> None:
-        self._app = app
-        self._limit_of = limit_of
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        limit = self._limit_of(scope["path"])
-        num_bytes = 0
-
-        async def limited() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > limit:
-                raise BodyTooLarge(f"request body exceeds the limit of {limit} bytes")
-            return message
-
-        await self._app(scope, limited, send)
+_BASE64_SLICE = 4 * 2**18  # characters; a multiple of four
+_MAX_FIELDS = 8
 
 
 async def read_pictures(request: Request, max_images: int) -> PredictRequest | list[bytes]:
@@ -50,11 +27,11 @@ async def read_pictures(request: Request, max_images: int) -> PredictRequest | l
 
     Raises InvalidRequest, BodyTooLarge and UnsupportedMediaType.
     """
-    media_type = _media_type(request)
+    media_type = media_type_of(request.headers)
     if media_type == "multipart/form-data":
         return await _uploads(request, max_images)
     if media_type == "application/json":
-        return await _json(request, PredictRequest)
+        return await _json(request, PredictRequest, max_images)
     if media_type.startswith("image/") or media_type in BINARY_TYPES:
         return [await _raw(request)]
     raise UnsupportedMediaType(
@@ -63,25 +40,41 @@ async def read_pictures(request: Request, max_images: int) -> PredictRequest | l
     )
 
 
-def decode_base64(images: list[str]) -> list[bytes]:
-    """Raises InvalidRequest naming the picture that is no base64."""
-    pictures = []
+async def decode_base64(images: list[str], max_bytes: int) -> list[bytes]:
+    """The bytes of base64 pictures, each of at most about `max_bytes`; off the event loop.
+
+    Raises InvalidRequest naming the picture that is no base64, and ImageTooLarge.
+    """
     for i, text in enumerate(images):
-        try:
-            pictures.append(base64.b64decode(text, validate=True))
-        except (binascii.Error, ValueError) as error:
-            raise InvalidRequest(f"images.{i} is not base64: {error}") from error
-    return pictures
+        if len(text) // 4 * 3 > max_bytes + 3:
+            raise ImageTooLarge(f"images.{i} has more than the {max_bytes} bytes allowed")
+    return await asyncio.to_thread(lambda: [_from_base64(i, text) for i, text in enumerate(images)])
+
+
+def _from_base64(i: int, text: str) -> bytes:
+    """Decoded in slices: a decoder keeps the interpreter to itself, and health checks must not wait."""
+    picture = bytearray()
+    try:
+        if len(text) % 4:
+            raise ValueError(f"{len(text)} characters are not a multiple of four")
+        for start in range(0, len(text), _BASE64_SLICE):
+            slice_ = text[start : start + _BASE64_SLICE]
+            if "=" in slice_[:-2] or ("=" in slice_ and start + _BASE64_SLICE < len(text)):
+                raise ValueError("padding amid the text")
+            picture += binascii.a2b_base64(slice_, strict_mode=True)
+    except ValueError as error:  # binascii.Error is one
+        raise InvalidRequest(f"images.{i} is not base64: {error}") from error
+    return bytes(picture)
 
 
 async def read_module_body(request: Request) -> bytes | StoredModule:
     """A module file as raw body or single multipart file, or a reference to a stored one."""
-    media_type = _media_type(request)
+    media_type = media_type_of(request.headers)
     if media_type == "multipart/form-data":
         files = await _uploads(request, max_files=1)
         return files[0]
     if media_type == "application/json":
-        return await _json(request, StoredModule)
+        return await _json(request, StoredModule, max_elements=1)
     if media_type in BINARY_TYPES:
         return await _raw(request)
     raise UnsupportedMediaType(
@@ -90,8 +83,15 @@ async def read_module_body(request: Request) -> bytes | StoredModule:
     )
 
 
-def _media_type(request: Request) -> str:
-    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+def read_signature(header: str | None) -> Signature | None:
+    """The signature that came with a module file. Raises InvalidRequest."""
+    if header is None:
+        return None
+    try:
+        return Signature.model_validate_json(header)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"]
+        raise InvalidRequest(f"X-Module-Signature is no signature: {message}") from error
 
 
 async def _raw(request: Request) -> bytes:
@@ -101,9 +101,15 @@ async def _raw(request: Request) -> bytes:
     return body
 
 
-async def _json(request: Request, model: type[Body]) -> Body:
+async def _json(request: Request, model: type[Body], max_elements: int) -> Body:
+    body = await request.body()
+    await asyncio.sleep(0)  # joining and parsing megabytes takes its time: let others in between
+    # Millions of empty elements would keep the parser, and so the event loop, busy for seconds. Neither
+    # base64 nor a task's name has commas, so their number bounds that of the elements before parsing.
+    if body.count(b",") > max_elements + _MAX_FIELDS:
+        raise InvalidRequest(f"the JSON body has more than the {max_elements} elements allowed")
     try:
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "body"

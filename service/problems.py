@@ -9,12 +9,16 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from model_store import errors as faults
 from model_store.errors import ToscaError
 from service import errors as service_faults
+from service.request_context import current_request
 
 MEDIA_TYPE = "application/problem+json"
+_MAX_TEXT = 1000
+_CHALLENGE = 'Bearer realm="tosca"'
 
 # The most specific class wins.
 STATUS_OF: dict[type[ToscaError], int] = {
@@ -28,8 +32,14 @@ STATUS_OF: dict[type[ToscaError], int] = {
     faults.Conflict: 409,
     faults.CorruptStore: 500,
     faults.StoreUnavailable: 503,
-    service_faults.Overloaded: 503,
-    service_faults.ShuttingDown: 503,
+    faults.InvalidTrust: 422,
+    service_faults.Unauthenticated: 401,
+    service_faults.Forbidden: 403,
+    service_faults.BodyTimeout: 408,
+    service_faults.TooManyRequests: 429,
+    service_faults.NotFinite: 500,
+    service_faults.Refused: 503,
+    service_faults.AuditUnavailable: 503,
     service_faults.DeadlineExceeded: 504,
     service_faults.BodyTooLarge: 413,
     service_faults.UnsupportedMediaType: 415,
@@ -45,12 +55,14 @@ def problem(
     status: int, kind: str, detail: str, instance: str, headers: dict[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
     """A problem document as a response."""
+    context = current_request.get()
     body = {
         "type": f"urn:tosca:problem:{kind}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
-        "instance": instance,
+        "detail": detail[:_MAX_TEXT],  # it may quote what the client sent
+        "instance": instance[:_MAX_TEXT],
+        **({"request_id": context.request_id} if context else {}),
         **extra,
     }
     return JSONResponse(body, status, headers=headers, media_type=MEDIA_TYPE)
@@ -59,12 +71,31 @@ def problem(
 def problem_of(error: ToscaError, instance: str) -> JSONResponse:
     """The problem document of a fault; its type is the fault's name, hyphenated."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
-    headers = {}
-    if isinstance(error, service_faults.Overloaded):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    elif isinstance(error, service_faults.ShuttingDown | faults.StoreUnavailable):
-        headers["Retry-After"] = "5"
+    headers = _headers_of(error)
     return problem(status_of(error), kind, str(error), instance, headers)
+
+
+def _headers_of(error: ToscaError) -> dict[str, str]:
+    match error:
+        case service_faults.Refused():
+            return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        case faults.StoreUnavailable() | service_faults.AuditUnavailable():
+            return {"Retry-After": "5"}
+        case service_faults.Unauthenticated():
+            return {"WWW-Authenticate": _CHALLENGE + (', error="invalid_token"' if error.is_wrong else "")}
+        case service_faults.Forbidden() if error.scope:
+            return {"WWW-Authenticate": f'{_CHALLENGE}, error="insufficient_scope", scope="{error.scope}"'}
+        case service_faults.BodyTimeout() | service_faults.BodyTooLarge():
+            return {"Connection": "close"}  # the rest of the body is not worth waiting for
+        case _:
+            return {}
+
+
+def _methods(request: Request) -> list[str]:
+    """What may be asked of a path, over all the routes that have it."""
+    documented: dict[str, dict[str, Any]] = request.app.openapi()["paths"]
+    found = [item for path, item in documented.items() if compile_path(path)[0].fullmatch(request.url.path)]
+    return sorted({method.upper() for item in found for method in item})
 
 
 def install(app: FastAPI) -> None:
@@ -82,11 +113,16 @@ def install(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException), "registered for HTTPException"
-        headers = dict(error.headers) if error.headers else None
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (methods := _methods(request)):
+            headers["Allow"] = ", ".join(methods)
         return problem(error.status_code, "http", str(error.detail), request.url.path, headers)
 
     async def on_bug(request: Request, _: Exception) -> JSONResponse:
-        return problem(500, "internal", "This is a bug; the log has the details.", request.url.path)
+        context = current_request.get()
+        headers = {"x-request-id": context.request_id} if context else None  # sent outside TrackRequests
+        detail = "This is a bug; the log has the details."
+        return problem(500, "internal", detail, request.url.path, headers)
 
     app.add_exception_handler(ToscaError, on_fault)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -1,6 +1,7 @@
 """The tasks a running service answers with: one reference, changed by one thread off the request path."""
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from typing import TypeVar
 
 from model_store.errors import ToscaError
 from model_store.publishing import ActiveSet, Outcome, Publisher
+from model_store.signatures import Signature
+from service.audit import AuditLog
+from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
 Result = TypeVar("Result")
@@ -18,10 +22,12 @@ class TaskRegistry:
     """Holds the active set. Changes run one after another on the loader thread and end in one reference
     assignment inside the publisher, so a reader sees the set before or the set after, never a mixture."""
 
-    def __init__(self, publisher: Publisher) -> None:
+    def __init__(self, publisher: Publisher, audit: AuditLog) -> None:
         self._publisher = publisher
+        self._audit = audit
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._seen_at = time.monotonic()
+        self._fault: str | None = None
 
     @property
     def active(self) -> ActiveSet:
@@ -32,22 +38,62 @@ class TaskRegistry:
         """Seconds since the store was last read."""
         return time.monotonic() - self._seen_at
 
-    async def register(self, data: bytes, *, dry_run: bool, force: bool, reason: str) -> Outcome:
+    @property
+    def fault(self) -> str | None:
+        """Why the store could not be followed the last time; None when it could."""
+        return self._fault
+
+    async def register(
+        self,
+        data: bytes,
+        *,
+        dry_run: bool,
+        force: bool,
+        reason: str,
+        author: str | None = None,
+        signature: Signature | None = None,
+    ) -> Outcome:
         """Publish a module file; see Publisher.register for the faults."""
-        return await self._run(
-            lambda: self._publisher.register(data, dry_run=dry_run, force=force, reason=reason)
+        if dry_run:
+            return await self._run(
+                lambda: self._publisher.register(data, dry_run=True, force=force, signature=signature)
+            )
+        sha256 = hashlib.sha256(data).hexdigest()
+        return await self._change(
+            lambda: self._publisher.register(
+                data, force=force, reason=reason, author=author, signature=signature
+            ),
+            "register",
+            author=author,
+            reason=reason,
+            module_sha256=sha256,
+            force=force,
         )
 
-    async def register_stored(self, sha256: str, *, dry_run: bool, force: bool, reason: str) -> Outcome:
+    async def register_stored(
+        self, sha256: str, *, dry_run: bool, force: bool, reason: str, author: str | None = None
+    ) -> Outcome:
         """Register a module that lies in the store already. Raises UnknownModule."""
         data = await self._run(lambda: self._publisher.store.module(sha256))
-        return await self.register(data, dry_run=dry_run, force=force, reason=reason)
+        return await self.register(data, dry_run=dry_run, force=force, reason=reason, author=author)
 
-    async def remove(self, task: str, *, reason: str) -> Outcome:
-        return await self._run(lambda: self._publisher.remove(task, reason=reason))
+    async def remove(self, task: str, *, reason: str, author: str | None = None) -> Outcome:
+        return await self._change(
+            lambda: self._publisher.remove(task, reason=reason, author=author),
+            "remove",
+            author=author,
+            reason=reason,
+            task=task,
+        )
 
-    async def rollback(self, number: int, *, reason: str) -> Outcome:
-        return await self._run(lambda: self._publisher.rollback(number, reason=reason))
+    async def rollback(self, number: int, *, reason: str, author: str | None = None) -> Outcome:
+        return await self._change(
+            lambda: self._publisher.rollback(number, reason=reason, author=author),
+            "roll back",
+            author=author,
+            reason=reason,
+            to_revision=number,
+        )
 
     async def read(self, question: Callable[[Publisher], Result]) -> Result:
         """Ask the store something, off the event loop."""
@@ -59,12 +105,44 @@ class TaskRegistry:
             await asyncio.sleep(poll_s)
             try:
                 await self._run(self._publisher.refresh)
-            except ToscaError as error:
-                log.warning("serving revision %d, stale: %s", self.active.revision.number, error)
+            except Exception as error:  # the follower must outlive any fault: a silent end would be worse
+                if self._fault is None:
+                    is_ours = not isinstance(error, ToscaError)
+                    log.warning(
+                        "serving revision %d, stale: %s",
+                        self.active.revision.number,
+                        error,
+                        exc_info=is_ours,
+                    )
+                self._fault = str(error)[:500] or type(error).__name__
+
+    async def _change(
+        self, work: Callable[[], Outcome], action: str, *, author: str | None, **what: object
+    ) -> Outcome:
+        """Make a change on the loader thread, between the two lines that the audit log has of it."""
+        context = current_request.get()
+        author = author or self._publisher.store.author
+        what |= {"author": author, "request_id": context.request_id if context else None}
+
+        def audited() -> Outcome:
+            with self._audit.change(action, **what) as tell:
+                outcome = work()
+                tell(
+                    revision=outcome.active.revision.number,
+                    published=outcome.published,
+                    tasks=len(outcome.active.files),
+                    replaced_sha256=outcome.replaced_sha256,
+                )
+                return outcome
+
+        return await self._run(audited)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         result = await asyncio.get_running_loop().run_in_executor(self._loader, work)
         self._seen_at = time.monotonic()
+        if self._fault is not None:
+            log.info("the store answers again")
+            self._fault = None
         return result
 
     def close(self) -> None:

@@ -15,6 +15,10 @@ from service.engine import TimedAnswer
 
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
+_PICTURE = (  # one pixel, PNG
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", from_attributes=True)
@@ -23,7 +27,7 @@ class Strict(BaseModel):
 class PredictRequest(Strict):
     """The JSON form of a prediction request."""
 
-    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[["/9j/4AAQSkZJRg…"]])
+    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[[_PICTURE]])
     task: str | None = Field(None, description="Let this task answer instead of choosing one.")
     top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
     selection: Selection | None = Field(None, description="How the task is chosen.")
@@ -127,9 +131,10 @@ class TaskOut(Strict):
     metrics: dict[str, float] = Field(examples=[{"accuracy": 0.98, "ece": 0.02}])
     training: dict[str, Any]
     provenance: dict[str, str]
+    signer: str | None = Field(None, description="The trusted signer of the module file.", examples=["ci"])
 
     @classmethod
-    def of(cls, file: ModuleFile) -> "TaskOut":
+    def of(cls, file: ModuleFile, signer: str | None) -> "TaskOut":
         manifest = file.manifest
         return cls(
             task=manifest.task,
@@ -142,6 +147,7 @@ class TaskOut(Strict):
             metrics=manifest.metrics,
             training=manifest.training,
             provenance=manifest.provenance,
+            signer=signer,
         )
 
 
@@ -224,6 +230,8 @@ class Ready(Strict):
     device: str = Field(examples=["cpu"])
     precision: str = Field(examples=["float32"])
     staleness_s: float = Field(description="Seconds since the store was last read.")
+    is_stale: bool = Field(description="Others may have published what is not served here.")
+    store_fault: str | None = Field(None, description="Why the store could not be read the last time.")
 
 
 class ProblemOut(BaseModel):
@@ -234,3 +242,4 @@ class ProblemOut(BaseModel):
     status: int = Field(examples=[404])
     detail: str = Field(examples=["task 'birds' is not active in revision 7"])
     instance: str = Field(examples=["/tasks/birds"])
+    request_id: str | None = Field(None, examples=["4bf92f3577b34da6a3ce929d0e0e4736"])

@@ -1,10 +1,11 @@
 """Every limit and choice of the service, read once from TOSCA_* environment variables."""
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.console import DEFAULT_STORE
 from model_store.preprocess import ImageLimits
@@ -14,21 +15,52 @@ DEFAULT_ABSTAIN_LEVEL = 0.01
 
 Bytes = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0.0)]
+Words = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(lambda value: tuple(value.split()) if isinstance(value, str) else value),
+]
 
 
 class Settings(BaseSettings):
     """Settings of one service process; `TOSCA_STORE` sets `store`, and so on."""
 
-    model_config = SettingsConfigDict(env_prefix="TOSCA_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix="TOSCA_", env_ignore_empty=True, frozen=True, extra="forbid")
 
     store: str = Field(DEFAULT_STORE, description="Folder or s3://, gs://, az:// URL of the model store.")
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    admin_host: str = Field("127.0.0.1", description="Address of the admin port.")
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of its own for changes of the tasks; without: all on one."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     precision: str = Field("auto", description="auto, float32 or bfloat16.")
 
+    tls_certificate: Path | None = Field(None, description="Certificate chain, PEM: serve HTTPS.")
+    tls_key: Path | None = Field(None, description="Its private key, PEM, not encrypted.")
+    keys_file: Path | None = Field(None, description="API keys, as `tosca keys` writes them.")
+    allow_anonymous: Literal["auto", "without-keys", "nothing", "predict", "everything"] = Field(
+        "auto",
+        description="What needs no key. auto: nothing with a keys file; without one everything, but then "
+        "the server listens on loopback only. without-keys: the same on any address.",
+    )
+    cors_origins: Words = Field((), description="Origins whose pages may call the API, separated by blanks.")
+    show_docs: bool = Field(True, description="Serve /docs and /openapi.json.")
+    trusted_signers: Path | None = Field(None, description="List of the signers of module files.")
+    require_signature: bool = Field(False, description="Refuse modules that no trusted signer has signed.")
+    audit_log: Path | None = Field(None, description="Append every change and its author to this file.")
+    log_format: Literal["json", "text"] = Field("json", description="json, or text for people.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info")
+
     max_body_bytes: Bytes = Field(64 * 2**20, description="Largest body of a prediction request.")
+    max_json_bytes: Bytes = Field(
+        16 * 2**20, description="Largest JSON body: parsing holds up everything else, unlike raw bodies."
+    )
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
+    max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
+    max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
+    max_connections: int = Field(1000, gt=0, description="Open connections; further ones are closed.")
     max_image_bytes: Bytes = Field(32 * 2**20, description="Largest encoded picture.")
     max_image_pixels: int = Field(64_000_000, gt=0, description="Most pixels a picture may declare.")
     max_images_per_request: int = Field(64, gt=0, description="Most pictures in one request.")
@@ -40,7 +72,14 @@ class Settings(BaseSettings):
         le=1.0,
         description="Pictures with a p-value this low are abstained on; 0: never.",
     )
+    max_requests_per_key: int = Field(64, gt=0, description="Requests of one key under way; more get 429.")
     request_timeout_s: float = Field(30.0, gt=0.0, description="A prediction not answered by then gets 504.")
+    max_request_timeout_s: float = Field(
+        120.0, gt=0.0, description="Longest that X-Request-Timeout may ask for."
+    )
+    header_timeout_s: float = Field(10.0, gt=0.0, description="A connection must send its headers by then.")
+    body_timeout_s: float = Field(60.0, gt=0.0, description="A body not received by then gets 408.")
+    keep_alive_s: float = Field(15.0, gt=0.0, description="An idle connection is closed after this.")
 
     max_batch_size: int = Field(0, ge=0, description="Pictures a backbone pass; 0: 8 on CPU, 64 on CUDA.")
     max_wait_s: Seconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
@@ -51,10 +90,25 @@ class Settings(BaseSettings):
         DEFAULT_MARGIN, ge=0.0, le=1.0, description="Accuracy another task may lose before a 409."
     )
     store_poll_s: Seconds = Field(5.0, description="How often to look for others' revisions; 0: never.")
+    stale_after_s: float = Field(
+        30.0, gt=0.0, description="Readiness says so when the store was not read for as long."
+    )
+    shutdown_grace_s: Seconds = Field(
+        2.0, description="After SIGTERM: not ready, but accepting, for load balancers to notice."
+    )
     shutdown_timeout_s: float = Field(30.0, gt=0.0, description="Longest drain after SIGTERM.")
     stall_after_s: float = Field(
         120.0, gt=0.0, description="A pass longer than this fails the liveness check."
     )
+
+    exit_when_dead: bool = Field(
+        True, description="End the process when it can answer no more, for a supervisor to start it again."
+    )
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """Every address that is listened on."""
+        return (self.host,) if self.admin_port is None else (self.host, self.admin_host)
 
     @property
     def image_limits(self) -> ImageLimits:

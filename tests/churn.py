@@ -11,12 +11,11 @@ import httpx
 import torch
 
 from model_store.backbone import Backbone
+from model_store.bank import ModuleBank
 from model_store.preprocess import ImageLimits, load_pixels
 from model_store.publishing import Publisher
+from model_store.replay import GivenAnswer, differences
 from model_store.store import ModelStore
-
-CONFIDENCE_TOLERANCE = 1e-3  # batches of different sizes round differently in float32
-TIE_TOLERANCE = 1e-3
 
 
 @dataclass
@@ -118,41 +117,34 @@ def _change(
 
 
 def find_mismatches(
-    store: ModelStore, backbone: Backbone, pictures: Sequence[bytes], result: ChurnResult
+    store: ModelStore,
+    backbone: Backbone,
+    pictures: Sequence[bytes],
+    answers: Sequence[tuple[int, dict[str, Any]]],
 ) -> list[str]:
-    """Answers that differ from the offline result for the revision in their receipt.
+    """Answers (picture, prediction) that differ from the offline result for the revision in their receipt.
 
-    The same (task, label), module and confidence are required; where the offline runner-up is within
-    TIE_TOLERANCE of the winner, either of the two is right.
+    Revisions with the same tasks share an offline bank, which is built from the store's files alone.
     """
     cls = [
         backbone.embed(load_pixels(one, backbone.preprocessing, ImageLimits()).unsqueeze(0))
         for one in pictures
     ]
-    asked: dict[int, set[int]] = {}
-    for index, answer in result.answers:
-        asked.setdefault(answer["receipt"]["revision"], set()).add(index)
-    expected = {}
-    for revision, indices in sorted(asked.items()):
-        bank = Publisher(store, revision=revision).active.bank
-        ordered = sorted(indices)
-        offline = bank.answer(torch.cat([cls[i] for i in ordered]), top_k=2)
-        expected |= {(revision, i): one for i, one in zip(ordered, offline, strict=True)}
+    given_by_revision: dict[int, list[tuple[int, GivenAnswer]]] = {}
+    for index, answer in answers:
+        given = GivenAnswer.model_validate(answer)
+        given_by_revision.setdefault(given.receipt.revision, []).append((index, given))
     mismatches = []
-    for index, answer in result.answers:
-        one = expected[answer["receipt"]["revision"], index]
-        allowed = [(one.task, one.label, one.confidence)]
-        allowed += [
-            (other.task, other.label, other.probability)
-            for other in one.alternatives
-            if one.confidence - other.probability <= TIE_TOLERANCE
-        ]
-        if not any(
-            (answer["task"], answer["label"]) == (task, label)
-            and abs(answer["confidence"] - confidence) <= CONFIDENCE_TOLERANCE
-            for task, label, confidence in allowed
-        ):
-            mismatches.append(f"picture {index}: {answer} but offline {one}")
-        if answer["task"] == one.task and answer["receipt"]["module_sha256"] != one.receipt.module_sha256:
-            mismatches.append(f"picture {index}: module of {answer['receipt']} but offline {one.receipt}")
+    bank_of_set: dict[frozenset[tuple[str, str]], ModuleBank] = {}
+    for revision, asked in sorted(given_by_revision.items()):
+        tasks = frozenset(store.revision(revision).tasks.items())
+        if tasks not in bank_of_set:
+            bank_of_set[tasks] = Publisher(store, revision=revision).active.bank
+        bank = bank_of_set[tasks]
+        ordered = sorted({index for index, _ in asked})
+        offline = bank.answer(torch.cat([cls[i] for i in ordered]), top_k=2)
+        expected = dict(zip(ordered, offline, strict=True))
+        for index, given in asked:
+            found = differences(given, expected[index])
+            mismatches += [f"picture {index}, revision {revision}: {one}" for one in found]
     return mismatches

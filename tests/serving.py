@@ -3,10 +3,11 @@
 import contextlib
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,38 +20,54 @@ START_TIMEOUT_S = 120.0
 class RunningServer:
     url: str
     process: "subprocess.Popen[bytes]"
+    log: Path
 
 
 @contextlib.contextmanager
 def running_server(store_url: str, log: Path, **settings: object) -> Iterator[RunningServer]:
     """Serve `store_url` on a free loopback port until the block ends; settings become TOSCA_* variables."""
+    command = [Path(sys.executable).with_name("tosca"), "serve"]
+    with serving_process(command, store_url, log, **settings) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving_process(
+    command: Sequence[str | Path], store_url: str, log: Path, **settings: object
+) -> Iterator[RunningServer]:
+    """The same with a command of one's own that reads its settings from the environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    variables = {f"TOSCA_{name.upper()}": str(value) for name, value in settings.items()}
+    chosen = {"shutdown_grace_s": 0, **settings, "store": store_url, "port": port}
+    variables = {f"TOSCA_{name.upper()}": str(value) for name, value in chosen.items()}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("tosca"), "serve", "--store", store_url, "--port", str(port)],
+            command,
             env={**os.environ, **variables},
             stdout=output,
             stderr=output,
         )
-    url = f"http://127.0.0.1:{port}"
+    certificate = chosen.get("tls_certificate")
+    url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
+    verify = ssl.create_default_context(cafile=str(certificate)) if certificate else False
     try:
-        _wait_until_ready(url, process, log)
-        yield RunningServer(url, process)
+        _wait_until_ready(url, process, log, verify)
+        yield RunningServer(url, process, log)
     finally:
         if process.poll() is None:
             process.terminate()
         process.wait(60.0)
 
 
-def _wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def _wait_until_ready(
+    url: str, process: "subprocess.Popen[bytes]", log: Path, verify: ssl.SSLContext | bool
+) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health/ready", timeout=5.0).is_success:
+            if httpx.get(f"{url}/health/ready", timeout=5.0, verify=verify).is_success:
                 return
         time.sleep(0.1)
     raise AssertionError(f"not ready within {START_TIMEOUT_S} s: {log.read_text()}")

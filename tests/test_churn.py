@@ -35,7 +35,7 @@ def test_answers_equal_their_receipts_while_tasks_come_and_go(
         result = churn(server.url, pictures, modules, num_clients=4, num_changes=24, duration_s=3.0)
     assert result.failures == []
     assert len({answer["receipt"]["revision"] for _, answer in result.answers}) > 5
-    mismatches = find_mismatches(tiny_store, tiny_backbone, pictures, result)
+    mismatches = find_mismatches(tiny_store, tiny_backbone, pictures, result.answers)
     assert mismatches == [], "\n".join(mismatches[:5])
 
 
@@ -54,7 +54,7 @@ def test_one_minute_of_churn_on_the_real_backbone(
     pictures = demo_pictures(4)
     with running_server(store.url, tmp_path / "log") as server:
         result = churn(server.url, pictures, modules, num_clients=8, num_changes=50, duration_s=60.0)
-    mismatches = find_mismatches(store, clip_backbone, pictures, result)
+    mismatches = find_mismatches(store, clip_backbone, pictures, result.answers)
     print(json.dumps({**result.summary(), "mismatches": len(mismatches)}))
     assert result.failures == []
     assert mismatches == []

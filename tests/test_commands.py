@@ -42,6 +42,7 @@ def tosca(
     for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     registered = list(commands.app.registered_commands)
+    groups = list(commands.app.registered_groups)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr("sys.argv", ["tosca", *(str(one) for one in arguments)])
@@ -53,6 +54,7 @@ def tosca(
             code = stop.code or 0
         finally:
             commands.app.registered_commands[:] = registered
+            commands.app.registered_groups[:] = groups
         captured = capsys.readouterr()
         assert isinstance(code, int)
         return Result(code, captured.out, captured.err)

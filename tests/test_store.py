@@ -99,9 +99,9 @@ def test_putting_the_same_module_again_changes_nothing(store: ModelStore) -> Non
 
 
 def test_an_object_that_exists_is_never_overwritten(store: ModelStore) -> None:
-    assert store._put_new("modules/x", b"first") is True
-    assert store._put_new("modules/x", b"second") is False
-    assert store._get("modules/x") == b"first"
+    assert store._files.put_new("modules/x", b"first") is True
+    assert store._files.put_new("modules/x", b"second") is False
+    assert store._files.get("modules/x") == b"first"
 
 
 def test_an_unknown_module_is_named(store: ModelStore) -> None:
@@ -128,7 +128,7 @@ def test_a_backbone_without_manifest_is_not_listed(
     store: ModelStore, tiny_artefact: BackboneArtefact
 ) -> None:
     """A crash between the weights and the manifest leaves this."""
-    store._put_new(f"backbones/{SHA}/weights.safetensors", b"half")
+    store._files.put_new(f"backbones/{SHA}/weights.safetensors", b"half")
     assert store.backbones() == [tiny_artefact.manifest]
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_backbone_manifest_is_refused(
 
 
 def test_a_manifest_under_another_name_is_refused(local: ModelStore, tiny_artefact: BackboneArtefact) -> None:
-    local._put_new(f"backbones/{SHA}/manifest.json", tiny_artefact.manifest.model_dump_json().encode())
+    local._files.put_new(f"backbones/{SHA}/manifest.json", tiny_artefact.manifest.model_dump_json().encode())
     with pytest.raises(CorruptStore, match=f"describes backbone {tiny_artefact.manifest.fingerprint}"):
         local.backbone_manifest(SHA)
 

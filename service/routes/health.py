@@ -2,24 +2,28 @@
 
 from fastapi import APIRouter
 
-from service.errors import ShuttingDown
-from service.routes.state import State, problems
+from service.errors import EngineStopped, ShuttingDown
+from service.routes.state import State, health_problems
 from service.schemas import Live, Ready
 
 router = APIRouter(prefix="/health", tags=["health"])
 
 
-@router.get("/live", responses=problems(503))
+@router.get("/live", responses=health_problems)
 async def live(state: State) -> Live:
     """200 while the inference thread makes progress."""
     if not state.engine.is_alive:
-        raise ShuttingDown("the inference thread has stopped or hangs")
+        raise EngineStopped("the inference thread has stopped or hangs")
     return Live(status="live")
 
 
-@router.get("/ready", responses=problems(503))
+@router.get("/ready", responses=health_problems)
 async def ready(state: State) -> Ready:
-    """200 once the backbone is loaded and warmed up, until shutdown begins."""
+    """200 once the backbone is loaded and warmed up, until shutdown begins.
+
+    A store that cannot be reached leaves the service ready: it answers with the revision it has, and says
+    here that it is stale.
+    """
     if not state.is_ready or not state.engine.is_alive:
         raise ShuttingDown("not ready")
     active = state.registry.active
@@ -33,4 +37,7 @@ async def ready(state: State) -> Ready:
         device=str(backbone.device),
         precision=backbone.precision,
         staleness_s=state.registry.staleness_s,
+        is_stale=state.registry.fault is not None
+        or bool(state.settings.store_poll_s and state.registry.staleness_s > state.settings.stale_after_s),
+        store_fault=state.registry.fault,
     )

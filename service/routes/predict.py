@@ -1,14 +1,17 @@
 """POST /predict."""
 
+import time
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 
 from model_store.errors import InvalidRequest
 from model_store.selection import Selection
+from service.admission import deadline_s
 from service.engine import Question
+from service.errors import DeadlineExceeded
 from service.payloads import decode_base64, read_pictures
-from service.routes.state import State, problems
+from service.routes.state import Predicting, State, problems
 from service.schemas import PredictRequest, PredictResponse
 
 router = APIRouter(tags=["predict"])
@@ -43,6 +46,7 @@ _BODY = {
 async def predict(
     request: Request,
     state: State,
+    _: Predicting,
     task: Annotated[str | None, Query(description="Let this task answer instead of choosing one.")] = None,
     top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
     selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
@@ -53,24 +57,31 @@ async def predict(
         ),
     ] = None,
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
+    x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
 ) -> PredictResponse:
     """Answer each picture with the most probable (task, label) over all active tasks.
 
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
     request and nobody else's.
     """
+    started = time.monotonic()
+    timeout_s = deadline_s(x_request_timeout, state.settings)
+    state.engine.check_room()  # before a body is read for nothing
     bank = state.registry.active.bank
     body = await read_pictures(request, state.settings.max_images_per_request)
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
         coverage = body.coverage or coverage
         _check_count(len(body.images), state.settings.max_images_per_request)
-        body = decode_base64(body.images)
+        body = await decode_base64(body.images, state.settings.max_image_bytes)
     _check_count(len(body), state.settings.max_images_per_request)
     if top_k > state.settings.max_top_k:
         raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
+    left_s = timeout_s - (time.monotonic() - started)
+    if left_s <= 0.0:
+        raise DeadlineExceeded(f"the body took all of the {timeout_s:g} s")
     question = Question(bank, selection, task, top_k, coverage, state.settings.abstain_level)
-    answers = await state.engine.answer(body, question)
+    answers = await state.engine.answer(body, question, left_s)
     return PredictResponse.of(answers, timings=timings)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from service.routes.state import State, problems
+from service.routes.state import Administering, State, problems
 from service.schemas import ChangeOut, RevisionOut
 
 router = APIRouter(prefix="/revisions", tags=["revisions"])
@@ -12,7 +12,9 @@ router = APIRouter(prefix="/revisions", tags=["revisions"])
 
 @router.get("", responses=problems(503))
 async def list_revisions(
-    state: State, limit: Annotated[int, Query(ge=1, le=1000, description="How many, newest first.")] = 50
+    state: State,
+    _: Administering,
+    limit: Annotated[int, Query(ge=1, le=1000, description="How many, newest first.")] = 50,
 ) -> list[RevisionOut]:
     """The newest revisions of the store, newest first."""
     revisions = await state.registry.read(lambda publisher: publisher.store.revisions(limit))
@@ -22,8 +24,9 @@ async def list_revisions(
 @router.post("/{number}/rollback", responses=problems(404, 409, 503))
 async def roll_back(
     state: State,
+    caller: Administering,
     number: Annotated[int, Path(ge=1, le=10**12 - 1, description="The revision to go back to.")],
     reason: Annotated[str, Query(max_length=1000, description="Kept in the revision.")] = "",
 ) -> ChangeOut:
     """Publish the task set of an old revision as a new revision."""
-    return ChangeOut.of(await state.registry.rollback(number, reason=reason))
+    return ChangeOut.of(await state.registry.rollback(number, reason=reason, author=caller.author))

@@ -1,14 +1,22 @@
-"""What every route needs: the running parts of the service, put on the app by its lifespan."""
+"""What every route needs: the running parts of the service, put on the app by its lifespan; the caller."""
 
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
+from fastapi.security import HTTPBearer
 
+from service.access import Access, Caller
+from service.admission import KeyQuota
 from service.engine import Engine
+from service.keys import Scope
 from service.registry import TaskRegistry
+from service.request_context import current_request
 from service.schemas import ProblemOut
 from service.settings import Settings
+
+_bearer = HTTPBearer(auto_error=False, description="An API key, as `tosca keys create` shows it once.")
 
 
 @dataclass
@@ -16,17 +24,48 @@ class ServiceState:
     settings: Settings
     engine: Engine
     registry: TaskRegistry
+    access: Access
+    quota: KeyQuota
     is_ready: bool = False
+    is_draining: bool = False
 
 
-def get_state(request: Request) -> ServiceState:
+async def get_state(request: Request) -> ServiceState:
     return cast(ServiceState, request.app.state.service)
 
 
 State = Annotated[ServiceState, Depends(get_state)]
 
 
+def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
+    """A dependency: the caller, who may act under `scope` and has a place among the requests of its key.
+
+    Raises Unauthenticated, Forbidden and TooManyRequests, before the body is read.
+    """
+
+    async def admitted(request: Request, state: State) -> AsyncIterator[Caller]:
+        headers = request.headers
+        caller = state.access.identify(headers.get("authorization"))
+        if (context := current_request.get()) is not None:
+            context.caller = caller.name
+        state.access.check(caller, scope)
+        if request.method not in ("GET", "HEAD"):
+            state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
+        with state.quota.place(caller.key_id, state.engine.drain_s):
+            yield caller
+
+    return admitted
+
+
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for refusals with these statuses."""
+    """OpenAPI responses for refusals with these statuses, and those that any request may get."""
     schema = {"application/problem+json": {"schema": ProblemOut.model_json_schema()}}
-    return {status: {"description": "Problem document (RFC 9457)", "content": schema} for status in statuses}
+    every = sorted({*statuses, 401, 403, 408, 422, 429})
+    return {status: {"description": "Problem document (RFC 9457)", "content": schema} for status in every}
+
+
+health_problems: dict[int | str, dict[str, Any]] = {503: problems(503)[503]}
+Predicting = Annotated[Caller, Security(require("predict"))]
+Reading = Annotated[Caller, Security(require("read"))]
+Administering = Annotated[Caller, Security(require("admin"))]
+documented = [Depends(_bearer)]  # tells the OpenAPI document about keys; `require` does the checking

@@ -2,13 +2,15 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 
-from service.payloads import read_module_body
-from service.routes.state import State, problems
+from model_store.publishing import ActiveSet
+from service.payloads import read_module_body, read_signature
+from service.routes.state import Administering, Reading, State, problems
 from service.schemas import ChangeOut, StoredModule, TaskOut, TasksOut
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
+admin_router = APIRouter(prefix="/tasks", tags=["tasks"])
 
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
@@ -27,7 +29,7 @@ _BODY = {
 Reason = Annotated[str, Query(max_length=1000, description="Kept in the revision.")]
 
 
-@router.post(
+@admin_router.post(
     "",
     status_code=201,
     openapi_extra=_BODY,
@@ -37,47 +39,59 @@ async def register_task(
     request: Request,
     response: Response,
     state: State,
+    caller: Administering,
     dry_run: Annotated[bool, Query(description="Only report the impact.")] = False,
     force: Annotated[bool, Query(description="Go ahead even if another task is harmed.")] = False,
     reason: Reason = "",
+    x_module_signature: Annotated[
+        str | None, Header(max_length=1000, description="The JSON that `tosca sign` writes.")
+    ] = None,
 ) -> ChangeOut:
     """Add or replace a task. Answered when the new revision is published and serving.
 
     The file is checked against the format, the backbone and its trainer's own outputs; the impact on
     every active task is measured. A refused file changes nothing.
     """
+    signature = read_signature(x_module_signature)
     body = await read_module_body(request)
     if isinstance(body, StoredModule):
         outcome = await state.registry.register_stored(
-            body.module_sha256, dry_run=dry_run, force=force, reason=reason
+            body.module_sha256, dry_run=dry_run, force=force, reason=reason, author=caller.author
         )
     else:
-        outcome = await state.registry.register(body, dry_run=dry_run, force=force, reason=reason)
+        outcome = await state.registry.register(
+            body, dry_run=dry_run, force=force, reason=reason, author=caller.author, signature=signature
+        )
     if not outcome.published:
         response.status_code = 200
     return ChangeOut.of(outcome)
 
 
-@router.get("")
-async def list_tasks(state: State) -> TasksOut:
+@router.get("", responses=problems())
+async def list_tasks(state: State, _: Reading) -> TasksOut:
     """The tasks of the revision now served."""
     active = state.registry.active
     return TasksOut(
         revision=active.revision.number,
         backbone_fingerprint=active.revision.backbone_fingerprint,
-        tasks=[TaskOut.of(active.files[task]) for task in sorted(active.files)],
+        tasks=[_task(active, task) for task in sorted(active.files)],
     )
 
 
 @router.get("/{task}", responses=problems(404))
-async def show_task(task: str, state: State) -> TaskOut:
+async def show_task(task: str, state: State, _: Reading) -> TaskOut:
     """One active task."""
     active = state.registry.active
     active.bank.module(task)  # raises UnknownTask
-    return TaskOut.of(active.files[task])
+    return _task(active, task)
 
 
-@router.delete("/{task}", responses=problems(404, 409, 503))
-async def remove_task(task: str, state: State, reason: Reason = "") -> ChangeOut:
+@admin_router.delete("/{task}", responses=problems(404, 409, 503))
+async def remove_task(task: str, state: State, caller: Administering, reason: Reason = "") -> ChangeOut:
     """Take a task out of the active set; answers become what they were without it, bit for bit."""
-    return ChangeOut.of(await state.registry.remove(task, reason=reason))
+    return ChangeOut.of(await state.registry.remove(task, reason=reason, author=caller.author))
+
+
+def _task(active: ActiveSet, task: str) -> TaskOut:
+    file = active.files[task]
+    return TaskOut.of(file, active.signers.get(file.sha256))

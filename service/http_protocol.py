@@ -1,0 +1,111 @@
+"""What uvicorn leaves unbounded on a connection: size and time of the headers, and how many connections."""
+
+import asyncio
+import json
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.settings import Settings
+
+log = logging.getLogger("tosca.http")
+
+
+def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
+    """uvicorn's HTTP protocol with the limits of `settings` on every connection."""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _read_bytes = 0  # of the read at hand, while they can only be of the head that begins in it
+        _is_in_head = True
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > settings.max_connections:
+                self._refuse(503, "overloaded", f"more than {settings.max_connections} connections are open")
+                return
+            self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            self._head_bytes += len(data)
+            self._read_bytes = len(data)
+            super().data_received(data)
+            # One read may hold the whole head and the beginning of a body, so only what is left open counts.
+            if self._is_in_head and self._head_bytes > settings.max_header_bytes:
+                self._refuse_head()
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._head_bytes = self._read_bytes
+            if not self._is_in_head:
+                self._await_head()
+
+        def on_headers_complete(self) -> None:
+            self._stop_timer()
+            self._is_in_head = False
+            size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+            if size > settings.max_header_bytes:
+                self._refuse_head()
+                return
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            if not self.transport.is_closing():
+                super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._read_bytes = 0
+            if not self.transport.is_closing():
+                super().on_message_complete()
+
+        def _await_head(self) -> None:
+            self._is_in_head = True
+            self._stop_timer()
+            self._head_timer = self.loop.call_later(settings.header_timeout_s, self._give_up)
+
+        def _stop_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _give_up(self) -> None:
+            log.info("closing a connection whose headers did not arrive")
+            self._refuse(408, "header-timeout", f"no headers within {settings.header_timeout_s:g} s")
+
+        def _refuse_head(self) -> None:
+            detail = f"request line and headers have more than {settings.max_header_bytes} bytes"
+            self._refuse(431, "headers-too-large", detail)
+
+        def _refuse(self, status: int, kind: str, detail: str) -> None:
+            if not self.transport.is_closing():
+                self.transport.write(_problem(status, kind, detail))
+                self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(400, "malformed-request", msg)
+
+    return BoundedProtocol
+
+
+def _problem(status: int, kind: str, detail: str) -> bytes:
+    """A whole response with a problem document, for refusals before there is a request."""
+    phrase = HTTPStatus(status).phrase
+    fields: dict[str, Any] = {"type": f"urn:tosca:problem:{kind}", "title": phrase, "status": status}
+    body = json.dumps(fields | {"detail": detail, "instance": ""}).encode()
+    lines = [
+        f"HTTP/1.1 {status} {phrase}",
+        "content-type: application/problem+json",
+        f"content-length: {len(body)}",
+        "connection: close",
+        *(["retry-after: 1"] if status == 503 else []),
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -1,0 +1,52 @@
+"""Logs for machines (one JSON object a line) or for people, each line with the ids of its request."""
+
+import json
+import logging
+import logging.config
+from datetime import UTC, datetime
+
+from service.request_context import current_request
+from service.settings import Settings
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; what a record carries as `extra={"fields": …}` becomes keys of its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        context = current_request.get()
+        line = {
+            "at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **({"request_id": context.request_id} if context else {}),
+            **({"trace_id": context.trace_id} if context and context.trace_id else {}),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        context = current_request.get()
+        text = super().format(record)
+        return f"{text} [{context.request_id}]" if context else text
+
+
+def configure_logs(settings: Settings) -> None:
+    """Send everything, uvicorn's own lines too, to standard error in one format."""
+    formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {
+                "chosen": {"()": formatter, "format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+            },
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
+            "root": {"level": settings.log_level.upper(), "handlers": ["stderr"]},
+            "loggers": {name: {"handlers": [], "propagate": True} for name in ("uvicorn", "uvicorn.error")},
+        }
+    )

@@ -1,0 +1,122 @@
+"""The process around the application: its ports, its signals, its end.
+
+    SIGTERM → readiness off, connections closed after their answer → grace period, still accepting
+            → no new connections → what is admitted is answered → exit 0
+
+A load balancer sees readiness go and sends no more; what it had sent is answered. SIGINT skips the grace
+period. A process that can answer no more ends with status 70, for its supervisor to start another.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from model_store.backbone import Backbone
+from service.app import create_admin_app, create_app
+from service.errors import CannotListen, InvalidSettings
+from service.http_protocol import bounded_protocol
+from service.logs import configure_logs
+from service.planes import Planes
+from service.settings import Settings
+
+log = logging.getLogger("tosca.server")
+DEAD_STATUS = 70  # EX_SOFTWARE
+_TICKS_BETWEEN_CHECKS = 10  # a tick of uvicorn is 0.1 s
+
+
+def serve(settings: Settings, backbone: Backbone | None = None) -> None:
+    """Serve until a signal. Raises CannotListen, and what creating the application raises."""
+    configure_logs(settings)
+    if (settings.tls_certificate is None) != (settings.tls_key is None):
+        raise InvalidSettings("TOSCA_TLS_CERTIFICATE and TOSCA_TLS_KEY go together")
+    main = create_app(settings, backbone)
+    planes = Planes(main)
+    sockets = [_bind(settings.host, settings.port)]
+    if settings.admin_port is not None:
+        sockets.append(_bind(settings.admin_host, settings.admin_port))
+        planes.put(_port(sockets[1]), create_admin_app(settings, main))
+    config = uvicorn.Config(
+        planes,
+        http=bounded_protocol(settings),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        ssl_certfile=settings.tls_certificate,
+        ssl_keyfile=settings.tls_key,
+        timeout_keep_alive=int(settings.keep_alive_s),
+        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
+    )
+    for name, one in zip(("main", "admin"), sockets, strict=False):
+        log.info("%s port: %s:%d", name, *one.getsockname()[:2])
+    Server(config, main, settings).run(sockets)
+
+
+class Server(uvicorn.Server):
+    """uvicorn with the shutdown and the watch described above."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+        super().__init__(config)
+        self._app = app
+        self._settings = settings
+        self._num_dead_checks = 0
+        self._is_draining = False
+
+    def handle_exit(self, sig: int, _: FrameType | None) -> None:
+        """The first signal drains, the second ends at once. Not remembered, so that the exit status is 0."""
+        if self._is_draining:
+            self.force_exit = self.should_exit = True
+            return
+        self._is_draining = True
+        grace_s = self._settings.shutdown_grace_s if sig == signal.SIGTERM else 0.0
+        asyncio.get_event_loop().call_soon_threadsafe(self._drain, grace_s)
+
+    def _drain(self, grace_s: float) -> None:
+        log.info("draining: not ready any more, accepting for %g s", grace_s)
+        state = getattr(self._app.state, "service", None)
+        if state is not None:
+            state.is_ready = False
+            state.is_draining = True
+        asyncio.get_running_loop().call_later(grace_s, self._stop)
+
+    def _stop(self) -> None:
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_BETWEEN_CHECKS == 0 and self._settings.exit_when_dead:
+            self._end_if_dead()
+        return await super().on_tick(counter)
+
+    def _end_if_dead(self) -> None:
+        state = getattr(self._app.state, "service", None)
+        if state is None or state.engine.is_alive:
+            self._num_dead_checks = 0
+            return
+        self._num_dead_checks += 1
+        if self._num_dead_checks > 1:  # one round, for the refusals to reach their clients
+            log.critical("the engine answers no more: ending with status %d", DEAD_STATUS)
+            logging.shutdown()
+            os._exit(DEAD_STATUS)  # no clean-up: a thread that hangs would hold it for ever
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket that is bound, but refuses connections until the application has started."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise CannotListen(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+    return bound
+
+
+def _port(bound: socket.socket) -> int:
+    port: int = bound.getsockname()[1]
+    return port

@@ -1,0 +1,191 @@
+"""The end of a process: SIGTERM under load drops nothing, readiness goes first, the exit status is 0."""
+
+import contextlib
+import ipaddress
+import json
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
+from pictures import encoded, noise
+from serving import RunningServer, running_server
+
+from model_store.store import ModelStore, with_task
+
+MakeModule = Callable[..., bytes]
+PICTURE = encoded(noise())
+pytestmark = pytest.mark.slow  # each starts a server of its own
+
+
+@pytest.fixture
+def store(tiny_store: ModelStore, make_module: MakeModule) -> ModelStore:
+    tiny_store.publish(with_task("birds", tiny_store.put_module(make_module("birds"))), "add birds")
+    return tiny_store
+
+
+class Balancer:
+    """Clients behind a load balancer: they send while the server is ready, and count what becomes of it.
+
+    Half of them keep their connection, half open one for each request.
+    """
+
+    def __init__(self, server: RunningServer, num_clients: int) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.readiness: list[int] = []
+        self._server = server
+        self._not_ready = threading.Event()
+        self._lock = threading.Lock()
+        watcher = threading.Thread(target=self._watch)
+        clients = [threading.Thread(target=self._ask, args=(i % 2 == 0,)) for i in range(num_clients)]
+        self._threads = [watcher, *clients]
+
+    def start(self) -> None:
+        for one in self._threads:
+            one.start()
+
+    def wait_for(self, num_requests: int) -> None:
+        deadline = time.monotonic() + 120.0
+        while self.outcomes.total() < num_requests and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def join(self) -> None:
+        for one in self._threads:
+            one.join(60.0)
+
+    def _watch(self) -> None:
+        deadline = time.monotonic() + 240.0
+        try:
+            with httpx.Client(base_url=self._server.url, timeout=10.0) as client:
+                while time.monotonic() < deadline:
+                    status = client.get("/health/ready").status_code
+                    self.readiness.append(status)
+                    if status != 200:
+                        break
+                    time.sleep(0.02)
+        finally:
+            self._not_ready.set()
+
+    def _ask(self, keeps_connection: bool) -> None:
+        headers = {} if keeps_connection else {"connection": "close"}
+        with httpx.Client(base_url=self._server.url, timeout=30.0, headers=headers) as client:
+            while not self._not_ready.is_set():
+                try:
+                    outcome = str(client.post("/predict", content=PICTURE).status_code)
+                except httpx.HTTPError as error:
+                    outcome = type(error).__name__
+                with self._lock:
+                    self.outcomes[outcome] += 1
+
+
+def drain_under_load(store: ModelStore, log: Path, num_clients: int, num_requests: int) -> Balancer:
+    """SIGTERM after so many requests, while the load goes on."""
+    with running_server(store.url, log, shutdown_grace_s=1.0) as server:
+        balancer = Balancer(server, num_clients)
+        balancer.start()
+        balancer.wait_for(num_requests)
+        before = balancer.outcomes.total()
+        server.process.send_signal(signal.SIGTERM)
+        balancer.join()
+        assert server.process.wait(30.0) == 0, log.read_text()
+    assert before >= num_requests, "there must be a load"
+    assert balancer.outcomes.total() > before, "there must be a load after the signal"
+    assert balancer.readiness[-1] == 503
+    return balancer
+
+
+def test_sigterm_under_load_drops_no_request_and_exits_0(store: ModelStore, tmp_path: Path) -> None:
+    balancer = drain_under_load(store, tmp_path / "log", num_clients=6, num_requests=60)
+    assert set(balancer.outcomes) == {"200"}, balancer.outcomes
+
+
+@pytest.mark.timeout(900)
+def test_five_sigterms_under_load_drop_no_request(store: ModelStore, tmp_path: Path) -> None:
+    total: Counter[str] = Counter()
+    for _ in range(5):
+        total += drain_under_load(store, tmp_path / "log", num_clients=12, num_requests=100).outcomes
+    print(json.dumps({"drains": 5, "outcomes": total}))
+    assert set(total) == {"200"}, total
+
+
+def test_in_the_grace_period_the_server_is_not_ready_and_answers_on(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    with running_server(store.url, tmp_path / "log", shutdown_grace_s=20.0) as server:
+        with httpx.Client(base_url=server.url, timeout=20.0) as client:
+            assert "connection" not in client.post("/predict", content=PICTURE).headers
+            server.process.send_signal(signal.SIGTERM)
+            while client.get("/health/ready").status_code == 200:
+                pass
+            answer = client.post("/predict", content=PICTURE)
+            assert answer.status_code == 200
+            assert answer.headers["connection"] == "close"
+            assert client.get("/health/live").status_code == 200
+            server.process.send_signal(signal.SIGTERM)  # a second signal ends it at once
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(10.0)
+        assert server.process.poll() == 0
+    assert "draining" in (tmp_path / "log").read_text()
+
+
+def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> None:
+    with running_server(store.url, tmp_path / "log", audit_log=tmp_path / "audit") as server:
+        ids = {"x-request-id": "order-66", "traceparent": f"00-{'4' * 32}-{'5' * 16}-01"}
+        httpx.post(f"{server.url}/predict", content=PICTURE, headers=ids)
+        httpx.delete(f"{server.url}/tasks/birds", headers=ids)
+    lines = [json.loads(one) for one in (tmp_path / "log").read_text().splitlines()]
+    ours = [one for one in lines if one.get("request_id") == "order-66"]
+    assert {one["message"] for one in ours} >= {"POST /predict 200", "DELETE /tasks/birds 200"}
+    assert {one["trace_id"] for one in ours} == {"4" * 32}
+    audit = [json.loads(one) for one in (tmp_path / "audit").read_text().splitlines()]
+    assert [(one["event"], one["task"], one["request_id"]) for one in audit] == [
+        ("asked", "birds", "order-66"),
+        ("done", "birds", "order-66"),
+    ]
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key, PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tosca test")])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(address, critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "certificate.pem", folder / "key.pem"
+    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
+    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return paths
+
+
+def test_with_a_certificate_the_server_speaks_https_and_nothing_else(
+    store: ModelStore, tmp_path: Path
+) -> None:
+    certificate, key = self_signed(tmp_path)
+    with running_server(store.url, tmp_path / "log", tls_certificate=certificate, tls_key=key) as server:
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        answer = httpx.post(f"{server.url}/predict", content=PICTURE, verify=trusted)
+        assert answer.status_code == 200
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(server.url.replace("https", "http") + "/health/live")
