@@ -9,6 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from model_store.backbone import Backbone
+from model_store.backbone_loading import load_backbone
 from model_store.publishing import Publisher
 from model_store.store import ModelStore
 from service import problems
@@ -63,9 +64,13 @@ def create_app(settings: Settings, backbone: Backbone | None = None) -> FastAPI:
 
 def _load(settings: Settings, backbone: Backbone | None) -> tuple[Engine, TaskRegistry]:
     store = ModelStore(settings.store)
-    head = store.require_head()
     if backbone is None:
-        artefact = store.backbone(head.backbone_fingerprint)
-        backbone = Backbone.load(artefact, settings.device, settings.precision)
+        backbone = load_backbone(
+            store,
+            store.require_head().backbone_fingerprint,
+            device=settings.device,
+            runtime=settings.runtime,
+            num_threads=settings.torch_threads,
+        )
     publisher = Publisher(store, backbone.device, settings.impact_margin)
     return Engine(backbone, settings), TaskRegistry(publisher)

@@ -11,7 +11,7 @@ from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
     JsonOption,
-    PrecisionOption,
+    RuntimeOption,
     StoreOption,
     choose,
     print_json,
@@ -38,7 +38,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [TOSCA_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [TOSCA_PORT].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [TOSCA_DEVICE].")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 [TOSCA_PRECISION].")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="auto (the tuned one) or its name [TOSCA_RUNTIME].")
+    ] = None,
 ) -> None:
     """Serve a store over HTTP. Every other limit is a TOSCA_* environment variable.
 
@@ -48,7 +50,7 @@ def serve(
 
     from service.app import create_app
 
-    given = {"store": store, "host": host, "port": port, "device": device, "precision": precision}
+    given = {"store": store, "host": host, "port": port, "device": device, "runtime": runtime}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     ModelStore(settings.store).require_head()  # a clear error before a server log
     uvicorn.run(
@@ -69,7 +71,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
     selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -83,7 +85,7 @@ def predict(
         query = {"top_k": top_k, "selection": chosen} | ({"task": task} if task else {})
         answers = _ask(server, data, query)
     else:
-        predictor = OfflinePredictor(ModelStore(store), device=device, precision=precision)
+        predictor = OfflinePredictor(ModelStore(store), device=device, runtime=runtime)
         answers = [asdict(one) for one in predictor.answer(data, selection=chosen, task=task, top_k=top_k)]
     if json:
         print_json([{"picture": str(path)} | one for path, one in zip(pictures, answers, strict=True)])

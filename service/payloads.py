@@ -5,16 +5,21 @@ import binascii
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 
-from model_store.errors import InvalidRequest
+from model_store.backbone import Backbone
+from model_store.errors import Conflict, InvalidRequest
 from service.errors import BodyTooLarge, UnsupportedMediaType
 from service.schemas import PredictRequest, StoredModule
 
+# CLS vectors leave a layer norm: their numbers are of the order of ten.
+MAX_CLS_VALUE = 1e4
 Body = TypeVar("Body", bound=BaseModel)
 # What `curl --data-binary` sends unless told otherwise, and no content type at all, count as raw bytes.
 BINARY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded", "")
@@ -72,6 +77,25 @@ def decode_base64(images: list[str]) -> list[bytes]:
         except (binascii.Error, ValueError) as error:
             raise InvalidRequest(f"images.{i} is not base64: {error}") from error
     return pictures
+
+
+def read_cls(body: PredictRequest, backbone: Backbone) -> Tensor:
+    """[B, D] float32 CLS vectors that a client kept.
+
+    Raises Conflict when another backbone computed them and InvalidRequest when they cannot be CLS vectors.
+    """
+    if body.backbone_fingerprint != backbone.fingerprint:
+        raise Conflict(
+            f"the CLS vectors were computed by backbone {body.backbone_fingerprint}, "
+            f"this service runs {backbone.fingerprint}: send the pictures"
+        )
+    vectors = body.cls or []
+    for i, vector in enumerate(vectors):
+        if len(vector) != backbone.feature_dim:
+            raise InvalidRequest(f"cls.{i} has {len(vector)} numbers, expected {backbone.feature_dim}")
+        if max(abs(value) for value in vector) > MAX_CLS_VALUE:
+            raise InvalidRequest(f"cls.{i} has a number beyond ±{MAX_CLS_VALUE:g}, which no CLS vector has")
+    return torch.tensor(vectors, dtype=torch.float32)
 
 
 async def read_module_body(request: Request) -> bytes | StoredModule:

@@ -7,7 +7,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model_store.console import DEFAULT_STORE
-from model_store.preprocess import ImageLimits
+from model_store.decoding import ImageLimits
 from model_store.publishing import DEFAULT_MARGIN
 
 Bytes = Annotated[int, Field(gt=0)]
@@ -23,7 +23,7 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    precision: str = Field("auto", description="auto, float32 or bfloat16.")
+    runtime: str = Field("auto", description="auto (the tuned one) or a name of `tosca backbone tune`.")
 
     max_body_bytes: Bytes = Field(64 * 2**20, description="Largest body of a prediction request.")
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
@@ -46,6 +46,10 @@ class Settings(BaseSettings):
     shutdown_timeout_s: float = Field(30.0, gt=0.0, description="Longest drain after SIGTERM.")
     stall_after_s: float = Field(
         120.0, gt=0.0, description="A pass longer than this fails the liveness check."
+    )
+
+    cls_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
     @property

@@ -39,7 +39,7 @@ def tosca(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TOSCA_DEVICE", "cpu")
-    for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_PRECISION"):
+    for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_RUNTIME"):
         monkeypatch.delenv(name, raising=False)
     registered = list(commands.app.registered_commands)
 
@@ -235,7 +235,7 @@ TRAIN_FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
     "a folder without pictures": (("--data", "empty"), "holds no pictures"),
     "a class with too few pictures": (("--data", "colours", "--min-images", 7), "at least 7 are needed"),
     "an unknown device": (("--data", "colours", "--device", "tpu9000"), "unknown device 'tpu9000'"),
-    "an unknown precision": (("--data", "colours", "--precision", "int8"), "unknown precision 'int8'"),
+    "an unknown runtime": (("--data", "colours", "--runtime", "int8"), "unknown runtime 'int8'"),
     "a store without backbone": (("--data", "colours", "--store", "fresh"), "run `tosca backbone add`"),
 }
 

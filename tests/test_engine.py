@@ -189,7 +189,10 @@ async def test_requests_with_different_banks_share_a_pass_but_not_an_answer(
         backbone.gate.clear()
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await entered(backbone)
-        tasks = [asyncio.create_task(engine.answer([picture(9)], Question(one))) for one in (bank, smaller)]
+        tasks = [
+            asyncio.create_task(engine.answer([picture(9 + i)], Question(one)))
+            for i, one in enumerate((bank, smaller))
+        ]
         while engine._queue.qsize() < 2:
             await asyncio.sleep(0)
         backbone.gate.set()

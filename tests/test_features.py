@@ -9,14 +9,15 @@ import torch
 from pictures import encoded, noise, write_classes, write_splits
 
 from model_store.backbone import Backbone, BackboneArtefact
+from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.preprocess import load_pixels
 from training.features import BATCH_SIZE, FeatureCache, LabelledFeatures, extract_features
 from training.sources import open_source
 
 
 def cache(folder: Path, backbone: Backbone) -> FeatureCache:
-    return FeatureCache(folder, backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    return FeatureCache(folder, backbone.fingerprint, backbone.variant, backbone.feature_dim)
 
 
 def extract(data: Path, backbone: Backbone, folder: Path, **options: object) -> LabelledFeatures:
@@ -134,10 +135,10 @@ def test_another_backbone_has_its_own_cache(tmp_path: Path, tiny_artefact: Backb
     assert extract(data, backbone, folder).num_computed == 0
 
 
-def test_another_precision_has_its_own_cache(tmp_path: Path, tiny_artefact: BackboneArtefact) -> None:
+def test_another_runtime_has_its_own_cache(tmp_path: Path, tiny_artefact: BackboneArtefact) -> None:
     data, folder = write_classes(tmp_path / "data", 2), tmp_path / "cache"
-    full = extract(data, Backbone.load(tiny_artefact, "cpu", "float32"), folder)
-    rough = extract(data, Backbone.load(tiny_artefact, "cpu", "bfloat16"), folder)
+    full = extract(data, Backbone.load(tiny_artefact, "cpu", "torch-float32"), folder)
+    rough = extract(data, Backbone.load(tiny_artefact, "cpu", "torch-bfloat16"), folder)
     assert (full.num_computed, rough.num_computed) == (6, 6)
     assert not torch.equal(full.cls_ND, rough.cls_ND)
 

@@ -96,7 +96,7 @@ def test_entropy_selection_is_available_per_request(client: TestClient) -> None:
 
 
 def test_timings_are_given_when_asked_for(client: TestClient) -> None:
-    assert "timings" not in client.post("/predict", content=picture()).json()
+    assert "timings" not in client.post("/predict", content=picture(99)).json()
     timings = client.post("/predict", params={"timings": True}, content=picture()).json()["timings"]
     assert timings[0].keys() == {
         "decode_ms",

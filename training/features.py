@@ -21,8 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from model_store.backbone import Backbone
+from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.preprocess import load_pixels
 from training.sources import PictureSource, Split
 
 BATCH_SIZE = 16
@@ -56,11 +57,11 @@ class _Picture(NamedTuple):
 
 
 class FeatureCache:
-    """CLS vectors by picture hash for one backbone and precision, in one SQLite file."""
+    """CLS vectors by picture hash for one backbone and runtime, in one SQLite file."""
 
-    def __init__(self, folder: Path, fingerprint: str, precision: str, feature_dim: int) -> None:
+    def __init__(self, folder: Path, fingerprint: str, variant: str, feature_dim: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"cls-{fingerprint[:16]}-{precision}.sqlite"
+        self.path = folder / f"cls-{fingerprint[:16]}-{variant}.sqlite"
         self._feature_dim = feature_dim
         with self._connect() as database:
             database.execute("PRAGMA journal_mode=WAL")

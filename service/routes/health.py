@@ -31,6 +31,6 @@ async def ready(state: State) -> Ready:
         backbone=backbone.manifest.architecture,
         backbone_fingerprint=backbone.fingerprint,
         device=str(backbone.device),
-        precision=backbone.precision,
+        runtime=backbone.runtime_name,
         staleness_s=state.registry.staleness_s,
     )

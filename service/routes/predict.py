@@ -2,22 +2,25 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
+from torch import Tensor
 
 from model_store.errors import InvalidRequest
 from model_store.selection import Selection
+from service.disconnect import ClientLeft, while_connected
 from service.engine import Question
-from service.payloads import decode_base64, read_pictures
+from service.payloads import decode_base64, read_cls, read_pictures
 from service.routes.state import State, problems
 from service.schemas import PredictRequest, PredictResponse
 
 router = APIRouter(tags=["predict"])
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's name for it; nobody reads the response, but logs count it
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": "A picture, several pictures, or base64 in JSON.",
+        "description": "A picture, several pictures, or base64 or CLS vectors in JSON.",
         "content": {
             "image/jpeg": _BINARY,
             "image/png": _BINARY,
@@ -37,7 +40,8 @@ _BODY = {
 @router.post(
     "/predict",
     openapi_extra=_BODY,
-    responses=problems(404, 413, 415, 422, 503, 504),
+    responses=problems(404, 409, 413, 415, 422, 503, 504),
+    response_model=PredictResponse,
     response_model_exclude_none=True,
 )
 async def predict(
@@ -47,23 +51,33 @@ async def predict(
     top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
     selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
-) -> PredictResponse:
+    return_cls: Annotated[bool, Query(description="Give back the CLS vectors.")] = False,
+) -> PredictResponse | Response:
     """Answer each picture with the most probable (task, label) over all active tasks.
 
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
     request and nobody else's.
     """
     bank = state.registry.active.bank
-    body = await read_pictures(request, state.settings.max_images_per_request)
+    limit = state.settings.max_images_per_request
+    body = await read_pictures(request, limit)
+    pictures: list[bytes] | Tensor
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
-        _check_count(len(body.images), state.settings.max_images_per_request)
-        body = decode_base64(body.images)
-    _check_count(len(body), state.settings.max_images_per_request)
+        _check_count(len(body.images or body.cls or ()), limit)
+        pictures = decode_base64(body.images) if body.images else read_cls(body, state.engine.backbone)
+    else:
+        _check_count(len(body), limit)
+        pictures = body
     if top_k > state.settings.max_top_k:
         raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
-    answers = await state.engine.answer(body, Question(bank, selection, task, top_k))
-    return PredictResponse.of(answers, timings=timings)
+    question = Question(bank, selection, task, top_k)
+    try:
+        answers = await while_connected(request, state.engine.answer(pictures, question))
+    except ClientLeft:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    cls_of = state.engine.backbone.fingerprint if return_cls else None
+    return PredictResponse.of(answers, timings=timings, cls_of=cls_of)
 
 
 def _check_count(num_images: int, limit: int) -> None:

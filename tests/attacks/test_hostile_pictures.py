@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pictures import encoded, noise
 from PIL import Image, ImageDraw
 
+from model_store.decoding import FORMATS, ImageLimits, decode_image
 from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
-from model_store.preprocess import FORMATS, ImageLimits, Preprocessing, decode_image, load_pixels
+from model_store.preprocess import Preprocessing, load_pixels
 
 LIMITS = ImageLimits()
 PREPROCESSING = Preprocessing(
