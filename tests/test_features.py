@@ -235,3 +235,28 @@ def test_a_picture_over_the_limits_is_listed(tmp_path: Path, tiny_backbone: Back
         limits=ImageLimits(max_pixels=64 * 64),
     )
     assert features.skipped == (f"{data}/red/000.png: image is 90×90 pixels, the limit is 4096",)
+
+
+def test_decoding_runs_ahead_of_the_backbone_and_stays_bounded(
+    tmp_path: Path, counting: CountingBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a batch is embedded the next two are decoded, and never the whole folder."""
+    decoded: list[int] = []
+    ahead: list[int] = []
+
+    def counted(*arguments: object) -> torch.Tensor:
+        decoded.append(1)
+        return load_pixels(*arguments)  # type: ignore[arg-type]
+
+    def embed(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        ahead.append(len(decoded) - sum(sizes) - len(pixels_BCHW))
+        sizes.append(len(pixels_BCHW))
+        return torch.zeros(len(pixels_BCHW), counting.feature_dim)  # type: ignore[call-overload]
+
+    sizes: list[int] = []
+    monkeypatch.setattr("training.features.load_pixels", counted)
+    monkeypatch.setattr(counting, "embed", embed)
+    data = write_classes(tmp_path / "data", 40)
+    extract(data, counting, tmp_path / "cache", num_threads=1)  # type: ignore[arg-type]
+    assert sizes == [BATCH_SIZE] * 7 + [8]
+    assert max(ahead) <= 2 * BATCH_SIZE
