@@ -55,7 +55,15 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 	.tosca/docker-tools/bin/python -m pip install --quiet check-jsonschema==0.39.0 kubernetes-validate==1.37.0
 	touch $@
 
-bench: demo ## every benchmark; JSON under benchmarks/results/
+# Other servers to measure against and the load generator: the product's packages lie beneath theirs.
+.tosca/peers/.installed: $(VENV)/.installed benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .tosca/peers
+	.tosca/peers/bin/python -m pip install --quiet --constraint constraints.txt -r benchmarks/peers/requirements.txt
+	echo $(CURDIR)/$(VENV)/lib/python*/site-packages \
+	  > $$(echo .tosca/peers/lib/python*/site-packages)/product.pth
+	touch $@
+
+bench: demo .tosca/peers/.installed ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
 
 constraints: install ## rewrite constraints.txt from what is installed
