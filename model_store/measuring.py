@@ -26,8 +26,6 @@ from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, Runtim
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.tuning import Gate, Measurement, Tuning, fastest, hardware_name
 
-# Runtimes that need no calibration on pictures, whose export is the same for everybody.
-UNCALIBRATED = tuple(name for name in RUNTIMES if runtime_kind(name).export != "static8")
 NUM_CALIBRATION = 32
 _PARITY_BATCH = 16
 

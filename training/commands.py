@@ -22,7 +22,7 @@ from model_store.console import (
     print_table,
 )
 from model_store.luca import FLOWS
-from model_store.measuring import UNCALIBRATED, Plan, tune
+from model_store.measuring import Plan, tune
 from model_store.parity import read_labelled
 from model_store.publishing import Publisher
 from model_store.selection import SELECTIONS
@@ -43,8 +43,15 @@ from training.recipes import RECIPES
 from training.sources import PictureSource, open_source
 from training.trainer import TrainedTask, check_names, train_task
 
-# Enough for the gate to tell a sound runtime from a damaged one, and a minute's work.
-_TUNING_PICTURES, _TUNING_ROUNDS = 48, 3
+# The demo's tuning is a short one: enough to tell a sound runtime from a damaged one, and a fast from a slow.
+_TUNING_RUNTIMES = (
+    "torch-float32",
+    "torch-bfloat16",
+    "onnxruntime-float32",
+    "openvino-bfloat16",
+    "openvino-int8-bfloat16",
+)
+_TUNING_PICTURES, _TUNING_BATCH_SIZE, _TUNING_ROUNDS = 24, 8, 2
 CorruptOption = Annotated[
     float, typer.Option("--max-corrupt", min=0.0, max=1.0, help="Share of unreadable pictures tolerated.")
 ]
@@ -227,7 +234,8 @@ def _tune_once(store: ModelStore, pictures: dict[str, Path], device: str) -> Non
     out.print("measuring the runtimes of the backbone on this machine …")
     artefact = store.backbone(fingerprint)
     labelled = read_labelled(pictures, artefact.manifest.preprocessing, max_pictures=_TUNING_PICTURES)
-    tuned = tune(artefact, labelled, Plan(UNCALIBRATED, device, num_rounds=_TUNING_ROUNDS))
+    plan = Plan(_TUNING_RUNTIMES, device, (_TUNING_BATCH_SIZE,), _TUNING_ROUNDS)
+    tuned = tune(artefact, labelled, plan)
     store.put_tuning(tuned.tuning, tuned.export)
     print_measurements(tuned.tuning.table)
 
