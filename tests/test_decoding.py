@@ -1,4 +1,7 @@
-"""Pictures as a person sees them, whatever the encoder did: real files, written by real encoders."""
+"""Pictures as a person sees them, whatever the encoder did: real files, written by real encoders.
+
+Transparency, animations and further oddities: tests/attacks/test_hostile_pictures.py.
+"""
 
 import io
 import struct
@@ -72,13 +75,7 @@ def test_an_unknown_orientation_changes_nothing() -> None:
     assert same(decode(encoded(upright, "PNG", exif=exif(99))), decode(encoded(upright)), 0)
 
 
-def test_damaged_exif_data_does_not_hide_a_sound_picture() -> None:
-    damaged = b"Exif\x00\x00MM\x00\x2a\xff\xff\xff\xf0" + b"\xee" * 40
-    data = encoded(corner_picture(), "JPEG", quality=95, subsampling=0, exif=damaged)
-    assert same(decode(data), decode(encoded(corner_picture())), 1.0)
-
-
-# -- depth, palettes, transparency, animation --------------------------------------------------------
+# -- depth, palettes, several pictures in one --------------------------------------------------------
 
 
 def ramp16() -> np.ndarray:
@@ -121,37 +118,11 @@ def test_sixteen_bit_colours_keep_their_brightness() -> None:
     assert (pixels == (0xC0, 0x40, 0x80)).all()
 
 
-def test_transparency_shows_white_paper() -> None:
-    image = corner_picture().convert("RGBA")
-    image.putalpha(Image.new("L", image.size, 0))
-    assert (decode(encoded(image)) == 255).all()
-    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
-    assert np.abs(decode(encoded(half)) - 127).max() <= 1
-    grey = Image.merge("LA", (Image.new("L", (8, 8), 0), Image.new("L", (8, 8), 0)))
-    assert (decode(encoded(grey)) == 255).all()
-
-
-def test_a_transparent_palette_colour_shows_white_paper() -> None:
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([10, 20, 30, 200, 30, 30])
-    image.putpixel((0, 0), 0)
-    pixels = decode(encoded(image, "PNG", transparency=0))
-    assert tuple(pixels[0, 0]) == (255, 255, 255) and tuple(pixels[1, 1]) == (200, 30, 30)
-
-
 def test_palettes_and_black_and_white_show_their_colours() -> None:
     paletted = corner_picture().convert("P", palette=Image.Palette.ADAPTIVE)
     assert same(decode(encoded(paletted)), decode(encoded(corner_picture())), 1.0)
     striped = Image.fromarray(np.tile(np.array([[0, 255]], dtype=np.uint8), (8, 4))).convert("1")
     assert sorted(np.unique(decode(encoded(striped))).tolist()) == [0, 255]
-
-
-@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_an_animation_shows_its_first_frame(file_format: str) -> None:
-    first, second = (noise(i, spread=0) for i in (0, 1))
-    options = {"lossless": True} if file_format == "WEBP" else {}
-    data = encoded(first, file_format, save_all=True, append_images=[second, second], **options)
-    assert same(decode(data), decode(encoded(first)), 3.0)
 
 
 def test_a_multi_picture_jpeg_shows_its_first_picture() -> None:
