@@ -5,13 +5,12 @@ no registration can change an answer half-way. The answer to an image is
 
     arg max over (task, class) of P(task | x) · P(class | task, x)
 
-and since the second factor is at most 1, a task whose P(task | x) is below the best joint probability
-found so far cannot win: modules are evaluated in that order until none can, which is exact.
+added over the tasks of a label space, and found by the exact search of `model_store.joint`.
 """
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -19,45 +18,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from model_store.answers import Answer, Choice, Receipt
 from model_store.blend import Blend, Evidence, fit_blend
+from model_store.conformal import conformal_p_values, coverage_threshold
 from model_store.errors import InvalidRequest, UnknownTask
+from model_store.joint import MIN_ALTERNATIVE_PROBABILITY, Entry, Found, JointModel, KnownLogits
+from model_store.label_spaces import LabelSpace, arrange_label_spaces, number_labels
+from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import Selection, WhitenedCosine, entropy, task_log_probs
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
 
-# Alternatives less likely than this are not listed, so that a long list never forces every module to run.
-MIN_ALTERNATIVE_PROBABILITY = 1e-3
 # The blend is fitted on at most this many calibration vectors of all tasks together.
 MAX_BLEND_VECTORS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What answered: enough to compute the same answer again."""
-
-    revision: int
-    module_sha256: str
-    backbone_fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    task: str
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The most probable (task, label), its calibrated probability, and the runners-up."""
-
-    task: str
-    label: str
-    confidence: float
-    task_probability: float
-    alternatives: tuple[Choice, ...]
-    receipt: Receipt
-    num_modules_evaluated: int
 
 
 @dataclass(frozen=True)
@@ -68,13 +41,17 @@ class ModuleBank:
     backbone_fingerprint: str
     feature_dim: int
     modules: tuple[TaskModule, ...]
+    spaces: tuple[LabelSpace, ...]
     pooled: PooledStatistics
     device: torch.device
     selector: WhitenedCosine | None
     blend: Blend
     task_of_class_K: Tensor
     first_class: tuple[int, ...]
+    true_probability_N: Tensor  # what calibration vectors, as if unseen, gave their true labels; ascending
     _index: dict[str, int] = field(repr=False)
+    # Filled when a task first answers: a function of the rest, so that sharing it between threads is safe.
+    _known_scores: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -107,6 +84,7 @@ class ModuleBank:
             backbone_fingerprint=backbone_fingerprint,
             feature_dim=feature_dim,
             modules=ordered,
+            spaces=arrange_label_spaces(ordered, device),
             pooled=pooled,
             device=device,
             selector=selector,
@@ -115,9 +93,10 @@ class ModuleBank:
                 torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)
             ).to(device),
             first_class=first_class,
+            true_probability_N=torch.empty(0, dtype=torch.float64, device=device),
             _index={module.task: i for i, module in enumerate(ordered)},
         )
-        return replace(bank, blend=fit_blend(bank._sampled_evidence())) if ordered else bank
+        return bank._calibrated() if ordered else bank
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -144,19 +123,44 @@ class ModuleBank:
         selection: Selection = "lda",
         task: str | None = None,
         top_k: int = 5,
+        coverage: float | None = None,
+        abstain_level: float = 0.0,
     ) -> list[Answer]:
-        """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides."""
+        """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides.
+
+        With `coverage` in (0, 1) every answer carries the prediction set that holds the true label with
+        that probability. A picture is abstained on when its p-value is at most `abstain_level`, or the
+        level of the answering task where its module states one. Raises InvalidRequest and UnknownTask.
+        """
         if top_k < 1:
             raise InvalidRequest(f"top_k is {top_k}, at least 1 is needed")
         if not self.modules:
             raise InvalidRequest("no task is registered yet: register a module file first")
         cls_BD = cls_BD.to(self.device, torch.float32)
-        if task is not None:
-            return self._answer_within(cls_BD, self._find(task), top_k)
-        if selection == "entropy":
-            return self._answer_by_entropy(cls_BD, top_k)
         score_BK = self._selection_scores(cls_BD)
-        return self._search(cls_BD, score_BK, self._task_log_probs(score_BK), top_k)
+        threshold = None
+        if task is not None:
+            t = self._find(task)
+            if coverage is not None:
+                threshold = coverage_threshold(self._true_probabilities_within(t), coverage)
+            found = self._search_within(cls_BD, score_BK, t, top_k, threshold)
+            log_task_BT = self._certain_of(t, cls_BD)
+        elif selection == "entropy":
+            if coverage is not None:
+                raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
+            return self._answer_by_entropy(cls_BD, score_BK, top_k, abstain_level)
+        else:
+            if coverage is not None:
+                threshold = coverage_threshold(self.true_probability_N, coverage)
+            log_task_BT = self._task_log_probs(score_BK)
+            found = self._joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
+        winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
+        task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
+        p_values = self._p_values(score_BK, winner_B)
+        return [
+            self._compose(one, task_probability, p_value, top_k, threshold, abstain_level)
+            for one, task_probability, p_value in zip(found, task_prob_B, p_values, strict=True)
+        ]
 
     def closed_form_answer(self, cls_BD: Tensor) -> tuple[Tensor, Tensor]:
         """([B] task index, [B] class index within the task) by plain LDA: the baseline modules must beat."""
@@ -165,6 +169,17 @@ class ModuleBank:
         task_B = self.task_of_class_K[best_B]
         return task_B, best_B - torch.tensor(self.first_class, device=self.device)[task_B]
 
+    def answers_for(self, answer: Answer, task: str) -> bool:
+        """Whether an answer speaks for `task`: it chose it, or another task of its label space."""
+        if answer.task == task:
+            return True
+        space = self.module(task).label_space
+        return space is not None and self.module(answer.task).label_space == space
+
+    @property
+    def _joint(self) -> JointModel:
+        return JointModel(self.modules, self.spaces, self.first_class, self.blend)
+
     def _selection_scores(self, cls_BD: Tensor) -> Tensor:
         assert self.selector is not None, "a bank with tasks has a selector"
         return self.selector.scores(cls_BD)
@@ -172,134 +187,184 @@ class ModuleBank:
     def _task_log_probs(self, score_BK: Tensor) -> Tensor:
         return task_log_probs(self.blend.sharpness * score_BK, self.task_of_class_K, len(self.modules))
 
-    def _classes(self, task_index: int) -> slice:
-        start = self.first_class[task_index]
-        return slice(start, start + len(self.modules[task_index].labels))
+    def _classes(self, t: int) -> slice:
+        return self._joint.classes(t)
 
-    def _search(
+    def _certain_of(self, t: int, cls_BD: Tensor) -> Tensor:
+        """[B, T] log-probabilities of a task that the client has named."""
+        log_task_BT = cls_BD.new_full((cls_BD.shape[0], len(self.modules)), -torch.inf, dtype=torch.float64)
+        log_task_BT[:, t] = 0.0
+        return log_task_BT
+
+    def _search_within(
         self,
         cls_BD: Tensor,
         score_BK: Tensor,
-        log_task_BT: Tensor,
+        t: int,
         top_k: int,
-        known: "tuple[int, Tensor] | None" = None,
+        threshold: float | None,
+        known: KnownLogits | None = None,
+    ) -> list[Found]:
+        """As the search over all, with task `t` alone, whatever space it belongs to."""
+        labels = self.modules[t].labels
+        alone = LabelSpace((t,), labels, (torch.arange(len(labels), device=self.device),))
+        joint = replace(self._joint, spaces=(alone,))
+        return joint.search(cls_BD, score_BK, self._certain_of(t, cls_BD), top_k, threshold, known)
+
+    def _p_values(self, score_BK: Tensor, winner_B: Tensor) -> list[float]:
+        """How typical each picture is of the task that answers it: conformal, by its best selection score."""
+        p_value_B = torch.ones(len(winner_B), dtype=torch.float64, device=self.device)
+        for t in winner_B.unique().tolist():
+            rows = (winner_B == t).nonzero().squeeze(1)
+            best_N = score_BK[rows, self._classes(t)].max(dim=1).values
+            p_value_B[rows] = conformal_p_values(best_N, self._known_scores_of(t))
+        return p_value_B.tolist()
+
+    def _answer_by_entropy(
+        self, cls_BD: Tensor, score_BK: Tensor, top_k: int, abstain_level: float
     ) -> list[Answer]:
-        """Evaluate modules in order of P(task | x) until no further one can enter the listed answers.
-
-        `known` replaces one task's head logits by given ones (held-out logits of calibration vectors).
-        """
-        order_BT = log_task_BT.argsort(dim=1, descending=True, stable=True).tolist()
-        task_prob_BT = log_task_BT.exp().tolist()
-        found: list[list[tuple[float, int, int]]] = [[] for _ in order_BT]
-        num_evaluated = [0] * len(order_BT)
-        pending = list(range(len(order_BT)))
-        rank = 0
-        while pending:
-            groups: dict[int, list[int]] = {}
-            for b in pending:
-                groups.setdefault(order_BT[b][rank], []).append(b)
-            for t, rows in sorted(groups.items()):
-                logits_NK = (
-                    known[1][rows] if known and known[0] == t else self.modules[t].logits(cls_BD[rows])
-                )
-                log_class_NK = self.blend.class_log_probs(logits_NK, score_BK[rows, self._classes(t)])
-                joint_NK = (log_class_NK + log_task_BT[rows, t, None]).exp()
-                value_NK, class_NK = joint_NK.topk(min(top_k, joint_NK.shape[1]), dim=1)
-                for b, values, classes in zip(rows, value_NK.tolist(), class_NK.tolist(), strict=True):
-                    found[b] += [(value, t, k) for value, k in zip(values, classes, strict=True)]
-                    found[b] = sorted(found[b], key=lambda entry: (-entry[0], entry[1:]))[:top_k]
-                    num_evaluated[b] += 1
-            rank += 1
-            pending = [
-                b
-                for b in pending
-                if rank < len(self.modules) and task_prob_BT[b][order_BT[b][rank]] > _bar(found[b], top_k)
-            ]
-        return [
-            self._compose(entries, task_prob_BT[b][entries[0][1]], num_evaluated[b])
-            for b, entries in enumerate(found)
-        ]
-
-    def _answer_within(self, cls_BD: Tensor, t: int, top_k: int) -> list[Answer]:
-        log_task_BT = cls_BD.new_full((cls_BD.shape[0], len(self.modules)), -torch.inf, dtype=torch.float64)
-        log_task_BT[:, t] = 0.0
-        return self._search(cls_BD, self._selection_scores(cls_BD), log_task_BT, top_k)
-
-    def _answer_by_entropy(self, cls_BD: Tensor, top_k: int) -> list[Answer]:
         """As published, per image: every module scores the classes of all tasks on its own output; the
-        one with the least entropy answers, over all classes."""
+        one with the least entropy answers, over all classes. Label spaces play no part."""
         head_KD = torch.cat([F.normalize(module.head.weight_KD, dim=-1) for module in self.modules])
         best_entropy_B = cls_BD.new_full((cls_BD.shape[0],), torch.inf, dtype=torch.float64)
         best_prob_BK = cls_BD.new_zeros((cls_BD.shape[0], head_KD.shape[0]), dtype=torch.float64)
-        winner_B = torch.zeros(cls_BD.shape[0], dtype=torch.int64, device=self.device)
+        module_B = torch.zeros(cls_BD.shape[0], dtype=torch.int64, device=self.device)
         for t, module in enumerate(self.modules):
             log_prob_BK = module.log_probs_over(cls_BD, head_KD)
             entropy_B = entropy(log_prob_BK)
             better_B = entropy_B < best_entropy_B
             best_entropy_B = torch.where(better_B, entropy_B, best_entropy_B)
             best_prob_BK = torch.where(better_B[:, None], log_prob_BK.exp(), best_prob_BK)
-            winner_B = torch.where(better_B, t, winner_B)
+            module_B = torch.where(better_B, t, module_B)
         value_BK, class_BK = best_prob_BK.topk(min(top_k, head_KD.shape[0]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
+        p_values = self._p_values(score_BK, task_BK[:, 0])
         answers = []
-        for b, winner in enumerate(winner_B.tolist()):
-            entries = [
-                (value, t, k - self.first_class[t])
+        for b, module_index in enumerate(module_B.tolist()):
+            entries = tuple(
+                Entry(value, t, k - self.first_class[t])
                 for value, t, k in zip(
                     value_BK[b].tolist(), task_BK[b].tolist(), class_BK[b].tolist(), strict=True
                 )
-            ]
-            task_probability = float(best_prob_BK[b, self._classes(entries[0][1])].sum())
-            answers.append(self._compose(entries, task_probability, len(self.modules), module_index=winner))
+            )
+            task_probability = float(best_prob_BK[b, self._classes(entries[0].task)].sum())
+            found = Found(entries, len(self.modules))
+            answers.append(
+                self._compose(found, task_probability, p_values[b], top_k, None, abstain_level, module_index)
+            )
         return answers
 
     def _compose(
         self,
-        entries: Sequence[tuple[float, int, int]],
+        found: Found,
         task_probability: float,
-        num_evaluated: int,
+        p_value: float,
+        top_k: int,
+        threshold: float | None,
+        abstain_level: float,
         module_index: int | None = None,
     ) -> Answer:
-        choices = [Choice(self.modules[t].task, self.modules[t].labels[k], value) for value, t, k in entries]
-        winner = self.modules[entries[0][1] if module_index is None else module_index]
+        best, *others = (self._choice(entry) for entry in found.entries)
+        answering = self.modules[found.entries[0].task]
+        level = abstain_level if answering.abstain_level is None else answering.abstain_level
+        prediction_set = None
+        if threshold is not None:
+            prediction_set = tuple(one for one in (best, *others) if one.probability >= threshold)
         return Answer(
-            task=choices[0].task,
-            label=choices[0].label,
-            confidence=choices[0].probability,
+            task=best.task,
+            label=best.label,
+            confidence=best.probability,
             task_probability=task_probability,
-            alternatives=tuple(c for c in choices[1:] if c.probability >= MIN_ALTERNATIVE_PROBABILITY),
-            receipt=Receipt(self.revision, winner.sha256, self.backbone_fingerprint),
-            num_modules_evaluated=num_evaluated,
+            alternatives=tuple(
+                one for one in others[: top_k - 1] if one.probability >= MIN_ALTERNATIVE_PROBABILITY
+            ),
+            p_value=p_value,
+            abstained=p_value <= level,
+            prediction_set=prediction_set,
+            receipt=Receipt(
+                self.revision,
+                (answering if module_index is None else self.modules[module_index]).sha256,
+                self.backbone_fingerprint,
+            ),
+            num_modules_evaluated=found.num_modules_evaluated,
         )
+
+    def _choice(self, entry: Entry) -> Choice:
+        module = self.modules[entry.task]
+        return Choice(module.task, module.labels[entry.label], entry.probability)
 
     # -- calibration ---------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def answer_calibration(self, task: str) -> list[Answer]:
         """Answers on a task's calibration set, each vector treated as unseen by its own task."""
         t = self._find(task)
         calibration = self.modules[t].calibration
         score_MK = self._unseen_scores(t)
-        return self._search(
-            calibration.cls_MD.float(),
-            score_MK,
-            self._task_log_probs(score_MK),
-            top_k=1,
-            known=(t, calibration.held_out_logits_MK),
-        )
+        log_task_MT = self._task_log_probs(score_MK)
+        known = KnownLogits(t, calibration.held_out_logits_MK)
+        found = self._joint.search(calibration.cls_MD.float(), score_MK, log_task_MT, 1, known=known)
+        return [
+            self._compose(one, float(log_task_MT[m, one.entries[0].task].exp()), 1.0, 1, None, 0.0)
+            for m, one in enumerate(found)
+        ]
 
-    def _unseen_scores(self, t: int, rows: Tensor | None = None) -> Tensor:
-        """[M, K] selection scores of task t's calibration vectors, without their own contribution."""
+    def _calibrated(self) -> "ModuleBank":
+        """With the blend fitted on calibration vectors as if unseen, and what it makes of their labels."""
+        evidence = self._sampled_evidence()
+        bank = replace(self, blend=fit_blend(evidence, number_labels(self.spaces, len(self.modules))))
+        space_of = {t: space for space in self.spaces for t in space.members}
+        probabilities = [bank._true_probabilities(one, space_of[one.task]) for one in evidence]
+        return replace(bank, true_probability_N=torch.cat(probabilities).sort().values)
+
+    @torch.inference_mode()
+    def _true_probabilities(self, evidence: Evidence, space: LabelSpace) -> Tensor:
+        """[N] joint probability that the bank gives the true label of vectors as if unseen."""
+        t = evidence.task
+        cls_ND = self.modules[t].calibration.cls_MD[evidence.row_N].float()
+        log_task_NT = self._task_log_probs(evidence.score_NK)
+        prob_NL, _ = self._joint.label_probs(
+            space, cls_ND, evidence.score_NK, log_task_NT, KnownLogits(t, evidence.logits_NC)
+        )
+        position_C = space.position_C[space.members.index(t)]
+        return prob_NL.gather(1, position_C[evidence.label_N][:, None]).squeeze(1)
+
+    @torch.inference_mode()
+    def _true_probabilities_within(self, t: int) -> Tensor:
+        """As `true_probability_N`, of one task's vectors with the task known."""
+        calibration = self.modules[t].calibration
+        log_class_MC = self.blend.class_log_probs(
+            calibration.held_out_logits_MK, self._unseen_scores(t, own_classes=True)
+        )
+        return log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp().sort().values
+
+    @torch.inference_mode()
+    def _known_scores_of(self, t: int) -> Tensor:
+        """[M] best selection scores of task t's calibration vectors among its own classes, ascending."""
+        if t not in self._known_scores:
+            best_M = self._unseen_scores(t, own_classes=True).amax(dim=1)
+            self._known_scores[t] = best_M.sort().values
+        return self._known_scores[t]
+
+    def _unseen_scores(self, t: int, rows: Tensor | None = None, own_classes: bool = False) -> Tensor:
+        """[M, K] selection scores of task t's calibration vectors, without their own contribution; of all
+        classes, or of the task's own."""
         assert self.selector is not None, "a bank with tasks has a selector"
         module = self.modules[t]
         calibration = module.calibration
+        classes = self._classes(t) if own_classes else slice(0, len(self.task_of_class_K))
         rows = torch.arange(len(calibration), device=self.device) if rows is None else rows
         x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
         count_N = module.statistics.count_K.to(self.device)[label_N]
         inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
-        score_NK = x_ND.new_empty((len(rows), len(self.task_of_class_K)), dtype=torch.float64)
-        score_NK[~inside_N] = self.selector.scores(x_ND[~inside_N])
-        score_NK[inside_N] = self.selector.leave_one_out_scores(
-            x_ND[inside_N], label_N[inside_N] + self.first_class[t], count_N[inside_N]
+        score_NK = x_ND.new_empty((len(rows), classes.stop - classes.start), dtype=torch.float64)
+        score_NK[~inside_N] = self.selector.scores(x_ND[~inside_N], classes)
+        score_NK[inside_N] = leave_one_out_scores(
+            self.selector,
+            x_ND[inside_N],
+            label_N[inside_N] + self.first_class[t],
+            count_N[inside_N],
+            classes,
         )
         return score_NK
 
@@ -314,19 +379,13 @@ class ModuleBank:
         size = len(calibration)
         rows = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long().to(self.device)
         return Evidence(
+            task=t,
+            row_N=rows,
             label_N=calibration.label_M[rows],
             score_NK=self._unseen_scores(t, rows),
             logits_NC=calibration.held_out_logits_MK[rows],
             first_class=self.first_class[t],
         )
-
-
-def _bar(entries: list[tuple[float, int, int]], top_k: int) -> float:
-    """The probability a further answer must exceed to be listed."""
-    if top_k == 1:
-        return entries[0][0]
-    last_listed = entries[-1][0] if len(entries) == top_k else 0.0
-    return min(entries[0][0], max(last_listed, MIN_ALTERNATIVE_PROBABILITY))
 
 
 def _pool(modules: tuple[TaskModule, ...], feature_dim: int, previous: ModuleBank | None) -> PooledStatistics:

@@ -38,17 +38,21 @@ class Blend:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Calibration vectors of one task as if unseen: classes `label_N` within the task, selection scores
-    over all classes, held-out module logits, and where the task's classes begin among all."""
+    """Calibration vectors `row_N` of a task (its index in the bank) as if unseen: classes `label_N` within
+    the task, selection scores over all classes, held-out module logits, and where the task's classes begin
+    among all."""
 
+    task: int
+    row_N: Tensor
     label_N: Tensor
     score_NK: Tensor
     logits_NC: Tensor
     first_class: int
 
 
-def fit_blend(evidence: Sequence[Evidence]) -> Blend:
-    """The blend that makes the joint probabilities of known pictures most truthful.
+def fit_blend(evidence: Sequence[Evidence], number_K: Tensor) -> Blend:
+    """The blend that makes the joint probabilities of known pictures most truthful. `number_K` is the
+    number of each class's label, equal where tasks of one label space know the same label.
 
     log P(task, class) is the sum of log P(task) and log P(class | task), so they are fitted apart: the
     sharpness on the scores over all classes, the two weights within the tasks.
@@ -58,8 +62,14 @@ def fit_blend(evidence: Sequence[Evidence]) -> Blend:
         return Blend()
     class_N = torch.cat([one.label_N + one.first_class for one in evidence])
 
+    num_labels = int(number_K.max()) + 1
+
     def selection_loss(sharpness: float) -> float:
-        return negative_log_likelihood(torch.log_softmax(sharpness * score_NK, dim=1), class_N)
+        log_prob_NK = torch.log_softmax(sharpness * score_NK, dim=1)
+        if num_labels == len(number_K):
+            return negative_log_likelihood(log_prob_NK, class_N)
+        prob_NL = score_NK.new_zeros(len(score_NK), num_labels).index_add(1, number_K, log_prob_NK.exp())
+        return negative_log_likelihood(prob_NL.log(), number_K[class_N])
 
     sharpness = minimise_over_log_scale(selection_loss, *SHARPNESS_RANGE)
     width = max(one.logits_NC.shape[1] for one in evidence)

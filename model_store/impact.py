@@ -55,7 +55,7 @@ def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
         return TaskHealth(0.0, 0.0, 0.0, 0)
     answers = bank.answer_calibration(task)
     true_labels = [module.labels[k] for k in module.calibration.label_M.tolist()]
-    right_task = [answer.task == task for answer in answers]
+    right_task = [bank.answers_for(answer, task) for answer in answers]
     right = [
         ours and answer.label == label
         for ours, answer, label in zip(right_task, answers, true_labels, strict=True)

@@ -95,6 +95,12 @@ class CosineHead(nn.Module):
         return self.scale * F.linear(F.normalize(out_BD, dim=-1), F.normalize(self.weight_KD, dim=-1))
 
 
+def matrix_names(flow: Flow) -> tuple[str, ...]:
+    """The parameters of a flow that are matrices: nearly all of its numbers, and the ones made sparse."""
+    adapter = () if flow == "calibrator" else ("w1", "w2")
+    return adapter if flow == "adapter" else (*adapter, "v1", "v2")
+
+
 def count_parameters(module: nn.Module) -> int:
     """Number of learnable scalars; 149,808 for the `tosca` flow at D = 768."""
     return sum(parameter.numel() for parameter in module.parameters())

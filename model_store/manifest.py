@@ -40,9 +40,11 @@ class ModuleManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     task: TaskName
     labels: tuple[Label, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    label_space: TaskName | None = None
+    abstain_level: float | None = Field(None, ge=0.0, le=1.0)
     backbone_fingerprint: Sha256
     feature_dim: int = Field(gt=0, le=65536)
     bottleneck_dim: int = Field(gt=0, le=65536)

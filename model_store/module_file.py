@@ -21,8 +21,9 @@ from model_store.backbone import BackboneManifest
 from model_store.calibration import CalibrationSet
 from model_store.errors import FingerprintMismatch, GoldenCheckFailed, InvalidModule
 from model_store.landmarks import LandmarkRidge, Standardisation
-from model_store.luca import CosineHead, LuCA
+from model_store.luca import CosineHead, LuCA, matrix_names
 from model_store.manifest import ModuleManifest
+from model_store.sparse_matrix import pack_sparse, packed_mask_size, unpack_sparse
 from model_store.statistics import MAX_SCATTER, ClassStatistics, is_covariance, packed_size
 from model_store.task_module import TaskModule
 
@@ -35,6 +36,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 
@@ -61,7 +63,7 @@ def write_module(manifest: ModuleManifest, module: TaskModule) -> bytes:
     standardisation = module.standardisation or Standardisation(torch.zeros(D), torch.ones(D))
     calibration, statistics = module.calibration, module.statistics
     tensors = {
-        **{f"luca.{name}": value.half() for name, value in module.luca.state_dict().items()},
+        **_luca_tensors(module.luca),
         "head.weight": module.head.weight_KD.half(),
         "head.scale": module.head.scale,
         "input.mean": standardisation.mean_D,
@@ -113,7 +115,7 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
     _check_values(manifest, tensors, expected)
     luca = LuCA(manifest.feature_dim, manifest.bottleneck_dim, manifest.flow)
     head = CosineHead(manifest.feature_dim, len(manifest.labels))
-    luca.load_state_dict({name: tensors[f"luca.{name}"] for name in luca.state_dict()})
+    luca.load_state_dict(_luca_state(manifest, luca, tensors))
     head.load_state_dict({"weight_KD": tensors["head.weight"], "scale": tensors["head.scale"]})
     luca.requires_grad_(False).to(device)
     head.requires_grad_(False).to(device)
@@ -146,6 +148,8 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
             at["calibration.held_out_logits"],
             at["calibration.in_statistics"],
         ),
+        label_space=manifest.label_space,
+        abstain_level=manifest.abstain_level,
     )
     return ModuleFile(manifest, module, len(data))
 
@@ -179,6 +183,28 @@ def check_module(file: ModuleFile, backbone: BackboneManifest) -> None:
             f"task {manifest.task!r}: the module's logits differ by {error:.3g} from those its trainer "
             f"recorded, at most {allowed:.3g} is allowed"
         )
+
+
+def _luca_tensors(luca: LuCA) -> dict[str, Tensor]:
+    """LuCA as the file holds it: matrices as mask and values, vectors in float16."""
+    state = luca.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for name in matrix_names(luca.flow):
+        mask_S, value_N = pack_sparse(state.pop(name))
+        tensors |= {f"luca.{name}.mask": mask_S, f"luca.{name}.values": value_N}
+    return tensors | {f"luca.{name}": value.half() for name, value in state.items()}
+
+
+def _luca_state(manifest: ModuleManifest, luca: LuCA, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    state = {name: tensors.get(f"luca.{name}", value) for name, value in luca.state_dict().items()}
+    for name in matrix_names(luca.flow):
+        rows, columns = state[name].shape
+        mask_S, value_N = tensors[f"luca.{name}.mask"], tensors[f"luca.{name}.values"]
+        try:
+            state[name] = unpack_sparse(mask_S, value_N, (rows, columns))
+        except ValueError as error:
+            raise InvalidModule(f"task {manifest.task!r}: luca.{name}: {error}") from error
+    return state
 
 
 def _content_digest(manifest_text: str, entries: dict[str, Any], data: bytes) -> str:
@@ -227,10 +253,8 @@ def _check_layout(manifest: ModuleManifest, entries: dict[str, Any]) -> dict[str
     """Names, shapes and types of all tensors, from the header alone; returns the type of each."""
     D, K = manifest.feature_dim, len(manifest.labels)
     M = _num_calibration_vectors(manifest, entries)
-    with torch.device("meta"):
-        luca = LuCA(D, manifest.bottleneck_dim, manifest.flow).state_dict()
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        **{f"luca.{name}": (tuple(value.shape), torch.float16) for name, value in luca.items()},
+        **_luca_layout(manifest, entries),
         "head.weight": ((K, D), torch.float16),
         "head.scale": ((), torch.float32),
         "input.mean": ((D,), torch.float32),
@@ -265,10 +289,31 @@ def _check_layout(manifest: ModuleManifest, entries: dict[str, Any]) -> dict[str
     return {name: dtype for name, (_, dtype) in expected.items()}
 
 
-def _num_calibration_vectors(manifest: ModuleManifest, entries: dict[str, Any]) -> int:
-    entry = entries.get("calibration.label")
+def _luca_layout(
+    manifest: ModuleManifest, entries: dict[str, Any]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    with torch.device("meta"):
+        state = LuCA(manifest.feature_dim, manifest.bottleneck_dim, manifest.flow).state_dict()
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for name in matrix_names(manifest.flow):
+        num_entries = state.pop(name).numel()
+        num_values = min(_length(entries, f"luca.{name}.values"), num_entries)
+        layout[f"luca.{name}.mask"] = ((packed_mask_size(num_entries),), torch.uint8)
+        layout[f"luca.{name}.values"] = ((num_values,), torch.float16)
+    return layout | {f"luca.{name}": (tuple(value.shape), torch.float16) for name, value in state.items()}
+
+
+def _length(entries: dict[str, Any], name: str) -> int:
+    """The length that the header gives a vector, 0 for anything else."""
+    entry = entries.get(name)
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    M = shape[0] if isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int) else 0
+    if isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int):
+        return max(0, shape[0])
+    return 0
+
+
+def _num_calibration_vectors(manifest: ModuleManifest, entries: dict[str, Any]) -> int:
+    M = _length(entries, "calibration.label")
     if M > MAX_CALIBRATION_VECTORS:
         raise InvalidModule(
             f"task {manifest.task!r}: {M} calibration vectors, at most {MAX_CALIBRATION_VECTORS} are allowed"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from model_store.answers import Answer
 from model_store.backbone_loading import load_backbone
-from model_store.bank import Answer, ModuleBank
+from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
 from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
@@ -39,12 +40,21 @@ class OfflinePredictor:
         selection: Selection = "lda",
         task: str | None = None,
         top_k: int = 5,
+        coverage: float | None = None,
+        abstain_level: float = 0.0,
     ) -> list[Answer]:
-        """Answer encoded pictures. Raises InvalidImage and UnknownTask."""
+        """Answer encoded pictures as `ModuleBank.answer` does. Raises InvalidImage too."""
         answers: list[Answer] = []
         for start in range(0, len(pictures), BATCH_SIZE):
             batch = pictures[start : start + BATCH_SIZE]
             pixels = [load_pixels(data, self.backbone.preprocessing, self.limits) for data in batch]
             cls_BD = self.backbone.embed(torch.stack(pixels))
-            answers += self.bank.answer(cls_BD, selection=selection, task=task, top_k=top_k)
+            answers += self.bank.answer(
+                cls_BD,
+                selection=selection,
+                task=task,
+                top_k=top_k,
+                coverage=coverage,
+                abstain_level=abstain_level,
+            )
         return answers

@@ -26,6 +26,7 @@ PRIOR_IMAGES = 128
 # How much of the part of an image's norm that lies outside the span of the class means is kept.
 OUTSIDE_SHARE = 0.05
 SPAN_RIDGE = 1e-6
+ALL_CLASSES = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +47,9 @@ class WhitenedCosine:
     precision_DD: Tensor
     norm_K: Tensor  # q_k
     span_DR: Tensor  # S^(−1/2) times a basis of the span of the whitened class means; R = min(D, K)
-    # Weight of one outer product r·rᵀ inside S; leave_one_out_scores takes a vector's own share out with it.
-    outer_weight: float
+    # Cholesky root of the whitened means' Gram matrix, on which the basis rests; None when they span all.
+    gram_root_KK: Tensor | None
+    outer_weight: float  # weight of one outer product r·rᵀ inside S
 
     @classmethod
     def fit(cls, mean_KD: Tensor, pooled: PooledStatistics, shrinkage: float = SHRINKAGE) -> "WhitenedCosine":
@@ -75,13 +77,17 @@ class WhitenedCosine:
         centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
         whitened_DK = torch.linalg.solve_triangular(root_DD, offset_KD.T, upper=False)
-        basis_DR = _span(whitened_DK) if len(mean_KD) < feature_dim else eye_DD
+        gram_root_KK, basis_DR = None, eye_DD
+        if len(mean_KD) < feature_dim:
+            gram_root_KK = _gram_root(whitened_DK)
+            basis_DR = torch.linalg.solve_triangular(gram_root_KK, whitened_DK.T, upper=False).T
         return cls(
             offset_KD=offset_KD,
             centre_D=centre_D,
             precision_DD=precision_DD,
             norm_K=(whitened_DK**2).sum(dim=0),
             span_DR=torch.linalg.solve_triangular(root_DD.T, basis_DR, upper=True),
+            gram_root_KK=gram_root_KK,
             outer_weight=weight,
         )
 
@@ -92,69 +98,42 @@ class WhitenedCosine:
             self.precision_DD.to(device),
             self.norm_K.to(device),
             self.span_DR.to(device),
+            None if self.gram_root_KK is None else self.gram_root_KK.to(device),
             self.outer_weight,
         )
 
-    def scores(self, x_BD: Tensor) -> Tensor:
-        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5."""
+    def scores(self, x_BD: Tensor, classes: slice = ALL_CLASSES) -> Tensor:
+        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5, of all classes or of some."""
         shifted_BD = x_BD.double() - self.centre_D
-        return self._cosine(self._project(shifted_BD), self.norm_K, self._norm(shifted_BD))
+        projection_BK = self._project(shifted_BD, classes)
+        inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)
+        whole_B = ((shifted_BD @ self.precision_DD) * shifted_BD).sum(dim=1)
+        return whitened_cosine(projection_BK, self.norm_K[classes], inside_B, whole_B)
 
     def lda_scores(self, x_BD: Tensor) -> Tensor:
         """[B, K] scores of plain LDA, g − q/2: the baseline."""
-        return self._project(x_BD.double() - self.centre_D) - self.norm_K / 2.0
+        return self._project(x_BD.double() - self.centre_D, ALL_CLASSES) - self.norm_K / 2.0
 
-    def leave_one_out_scores(self, x_ND: Tensor, class_N: Tensor, count_N: Tensor) -> Tensor:
-        """[N, K] scores of vectors that are part of the statistics, each as if it were not.
-
-        `class_N` is the vector's own class and `count_N` that class's image count (at least 2). Taking x
-        out moves its class mean to μ − r/(n−1) and lowers the scatter by n/(n−1)·r·rᵀ with r = x − μ; the
-        inverse follows by Sherman–Morrison. The centre, the sphere inside S, the degrees of freedom and
-        the image's norm, which is common to all classes, are left as they are.
-        """
-        own_N = torch.arange(x_ND.shape[0], device=x_ND.device)
-        shifted_ND = x_ND.double() - self.centre_D
-        residual_ND = shifted_ND - self.offset_KD[class_N]
-        count_N = count_N.double()
-        solved_ND = residual_ND @ self.precision_DD
-        spread_N = (residual_ND * solved_ND).sum(dim=1)
-        weight_N = self.outer_weight * count_N / (count_N - 1.0)
-        gain_N = weight_N / (1.0 - weight_N * spread_N).clamp_min(1e-6)
-        # With P' = P + gain·(P r)(P r)ᵀ, every product with r gains the factor below.
-        stretch_N = 1.0 + gain_N * spread_N
-        along_x_N = (shifted_ND * solved_ND).sum(dim=1)
-        along_NK = solved_ND @ self.offset_KD.T
-        projection_NK = self._project(shifted_ND) + (gain_N * along_x_N)[:, None] * along_NK
-        norm_NK = self.norm_K + gain_N[:, None] * along_NK**2
-        # The own class's offset is now m − r/(n−1).
-        step_N = 1.0 / (count_N - 1.0)
-        along_own_N = along_NK[own_N, class_N]
-        projection_NK[own_N, class_N] -= step_N * along_x_N * stretch_N
-        norm_NK[own_N, class_N] += stretch_N * (step_N**2 * spread_N - 2.0 * step_N * along_own_N)
-        return self._cosine(projection_NK, norm_NK, self._norm(shifted_ND))
-
-    def _project(self, shifted_BD: Tensor) -> Tensor:
-        return (shifted_BD @ self.precision_DD) @ self.offset_KD.T
-
-    def _norm(self, shifted_BD: Tensor) -> Tensor:
-        inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)
-        whole_B = ((shifted_BD @ self.precision_DD) * shifted_BD).sum(dim=1)
-        return (inside_B + OUTSIDE_SHARE * whole_B).clamp_min(1e-30).sqrt()
-
-    def _cosine(self, projection_BK: Tensor, norm_BK: Tensor, length_B: Tensor) -> Tensor:
-        return projection_BK / norm_BK.clamp_min(1e-30).sqrt() / length_B[:, None]
+    def _project(self, shifted_BD: Tensor, classes: slice) -> Tensor:
+        return (shifted_BD @ self.precision_DD) @ self.offset_KD[classes].T
 
 
-def _span(column_DK: Tensor) -> Tensor:
-    """[D, K] matrix B with BBᵀ the projection onto the span of the columns.
+def whitened_cosine(projection_BK: Tensor, norm_BK: Tensor, inside_B: Tensor, whole_B: Tensor) -> Tensor:
+    """[B, K] g/(√q·‖x‖) from g, q, and x's squared norm inside the span of the class means and whole."""
+    length_B = (inside_B + OUTSIDE_SHARE * whole_B).clamp_min(1e-30).sqrt()
+    return projection_BK / norm_BK.clamp_min(1e-30).sqrt() / length_B[:, None]
+
+
+def _gram_root(column_DK: Tensor) -> Tensor:
+    """[K, K] Cholesky root of the columns' Gram matrix, with a small ridge.
 
     The columns are always dependent (centred means sum to zero), so an orthonormalisation would add
-    directions that are pure rounding noise; the small ridge lets them vanish smoothly instead.
+    directions that are pure rounding noise; the ridge lets them vanish smoothly instead.
     """
     gram_KK = column_DK.T @ column_DK
     gram_KK.diagonal().add_(SPAN_RIDGE * float(gram_KK.diagonal().mean()) + 1e-30)
-    basis_KD: Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(gram_KK), column_DK.T, upper=False)
-    return basis_KD.T
+    root_KK: Tensor = torch.linalg.cholesky(gram_KK)
+    return root_KK
 
 
 def task_log_probs(score_BK: Tensor, task_K: Tensor, num_tasks: int) -> Tensor:

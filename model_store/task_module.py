@@ -32,6 +32,8 @@ class TaskModule:
     ridge_weight: float
     statistics: ClassStatistics
     calibration: CalibrationSet
+    label_space: str | None = None  # tasks that name the same one answer together
+    abstain_level: float | None = None  # p-value at or below which it abstains; None: the server's
 
     @torch.inference_mode()
     def luca_output(self, cls_BD: Tensor) -> Tensor:

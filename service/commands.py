@@ -22,7 +22,7 @@ from model_store.errors import InvalidRequest, StoreUnavailable
 from model_store.offline import OfflinePredictor
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
-from service.settings import Settings
+from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
 
 _IMAGES_PER_REQUEST = 16
 
@@ -70,6 +70,15 @@ def predict(
     task: Annotated[str | None, typer.Option(help="Let this task answer instead of choosing one.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
     selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
+    coverage: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Also list all (task, label) that this coverage cannot rule out."
+        ),
+    ] = None,
+    abstain_level: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Offline: abstain at or below this p-value.")
+    ] = DEFAULT_ABSTAIN_LEVEL,
     device: DeviceOption = "auto",
     runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -82,18 +91,36 @@ def predict(
     chosen = choose(selection, SELECTIONS, "--selection")
     data = [read_file(path) for path in pictures]
     if server is not None:
-        query = {"top_k": top_k, "selection": chosen} | ({"task": task} if task else {})
+        query = {"top_k": top_k, "selection": chosen, "task": task, "coverage": coverage}
+        query = {name: value for name, value in query.items() if value is not None}
         answers = _ask(server, data, query)
     else:
         predictor = OfflinePredictor(ModelStore(store), device=device, runtime=runtime)
-        answers = [asdict(one) for one in predictor.answer(data, selection=chosen, task=task, top_k=top_k)]
+        answers = [
+            asdict(one)
+            for one in predictor.answer(
+                data,
+                selection=chosen,
+                task=task,
+                top_k=top_k,
+                coverage=coverage,
+                abstain_level=abstain_level,
+            )
+        ]
     if json:
         print_json([{"picture": str(path)} | one for path, one in zip(pictures, answers, strict=True)])
         return
     print_table(
-        ["picture", "task", "label", "confidence", "next"],
+        ["picture", "task", "label", "confidence", "p-value", "next" if coverage is None else "set"],
         (
-            (path, one["task"], one["label"], f"{one['confidence']:.4f}", _next(one))
+            (
+                path,
+                one["task"],
+                one["label"],
+                f"{one['confidence']:.4f}",
+                f"{one['p_value']:.3f}" + (" abstained" if one["abstained"] else ""),
+                _list(one["alternatives"][:2] if coverage is None else one["prediction_set"]),
+            )
             for path, one in zip(pictures, answers, strict=True)
         ),
     )
@@ -119,7 +146,5 @@ def _ask(server: str, data: list[bytes], query: dict[str, Any]) -> list[dict[str
     return answers
 
 
-def _next(answer: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{one['task']}/{one['label']} {one['probability']:.3f}" for one in answer["alternatives"][:2]
-    )
+def _list(choices: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{one['task']}/{one['label']} {one['probability']:.3f}" for one in choices)

@@ -21,8 +21,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from model_store.answers import Answer
 from model_store.backbone import Backbone
-from model_store.bank import Answer, ModuleBank
+from model_store.bank import ModuleBank
 from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
@@ -39,6 +40,19 @@ class Question:
     selection: Selection = "lda"
     task: str | None = None
     top_k: int = 5
+    coverage: float | None = None
+    abstain_level: float = 0.0
+
+    def answer(self, cls_BD: Tensor) -> list[Answer]:
+        """What the bank answers, whether a pass or a cache gave the vectors."""
+        return self.bank.answer(
+            cls_BD,
+            selection=self.selection,
+            task=self.task,
+            top_k=self.top_k,
+            coverage=self.coverage,
+            abstain_level=self.abstain_level,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +205,7 @@ class Engine:
     def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
         """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
         started = time.monotonic()
-        answers = question.bank.answer(
-            cls_BD, selection=question.selection, task=question.task, top_k=question.top_k
-        )
+        answers = question.answer(cls_BD)
         timings = Timings(decode_s, 0.0, 0.0, time.monotonic() - started, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
@@ -276,9 +288,7 @@ class Engine:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers = question.bank.answer(
-                cls_BD[rows], selection=question.selection, task=question.task, top_k=question.top_k
-            )
+            answers = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
@@ -303,5 +313,7 @@ class Engine:
                 entry.future.set_result(alone.future.result())
 
 
-def _group_key(question: Question) -> tuple[int, str, str, int]:
-    return question.bank.revision, question.selection, question.task or "", question.top_k
+def _group_key(question: Question) -> tuple[int, str, str, int, float]:
+    """Equal for questions that one call of their bank can answer; the abstain level is the server's."""
+    coverage = question.coverage or 0.0
+    return question.bank.revision, question.selection, question.task or "", question.top_k, coverage

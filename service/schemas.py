@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from model_store.bank import Answer
+from model_store.answers import Answer
 from model_store.impact import ImpactReport, TaskHealth
 from model_store.module_file import ModuleFile
 from model_store.publishing import Outcome
@@ -35,6 +35,9 @@ class PredictRequest(Strict):
     task: str | None = Field(None, description="Let this task answer instead of choosing one.")
     top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
     selection: Selection | None = Field(None, description="How the task is chosen.")
+    coverage: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
+    )
 
     @model_validator(mode="after")
     def _one_form(self) -> "PredictRequest":
@@ -60,13 +63,24 @@ class ChoiceOut(Strict):
 
 
 class Prediction(Strict):
-    """The answer to one picture; `confidence` is the calibrated probability of (task, label)."""
+    """The answer to one picture; `confidence` is the calibrated probability of (task, label), added over
+    the tasks of a label space."""
 
     task: str = Field(examples=["textiles"])
     label: str = Field(examples=["nominal"])
     confidence: float = Field(ge=0.0, le=1.0, examples=[0.95])
     task_probability: float = Field(ge=0.0, le=1.0, examples=[0.999])
     alternatives: list[ChoiceOut] = Field(description="The next most probable pairs, most probable first.")
+    p_value: float = Field(
+        description="Share of the task's known pictures that look no more typical of it than this one.",
+        gt=0.0,
+        le=1.0,
+        examples=[0.43],
+    )
+    abstained: bool = Field(description="The p-value is at or below the abstain level: do not rely on this.")
+    prediction_set: list[ChoiceOut] | None = Field(
+        None, description="With `coverage`: all pairs that it cannot rule out, most probable first."
+    )
     receipt: ReceiptOut
 
     @classmethod
@@ -130,6 +144,8 @@ class TaskOut(Strict):
 
     task: str = Field(examples=["textiles"])
     labels: list[str] = Field(examples=[["global", "local", "nominal"]])
+    label_space: str | None = Field(None, description="Tasks that share it answer together.")
+    abstain_level: float | None = Field(None, description="Its own level, if not the server's.")
     module_sha256: str = Field(examples=[_SHA])
     size_bytes: int = Field(examples=[2_023_604])
     flow: str = Field(examples=["tosca"])
@@ -143,6 +159,8 @@ class TaskOut(Strict):
         return cls(
             task=manifest.task,
             labels=list(manifest.labels),
+            label_space=manifest.label_space,
+            abstain_level=manifest.abstain_level,
             module_sha256=file.sha256,
             size_bytes=file.size_bytes,
             flow=manifest.flow,

@@ -10,6 +10,8 @@ from model_store.console import DEFAULT_STORE
 from model_store.decoding import ImageLimits
 from model_store.publishing import DEFAULT_MARGIN
 
+DEFAULT_ABSTAIN_LEVEL = 0.01
+
 Bytes = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0.0)]
 
@@ -32,6 +34,12 @@ class Settings(BaseSettings):
     max_images_per_request: int = Field(64, gt=0, description="Most pictures in one request.")
     max_queued_images: int = Field(256, gt=0, description="Pictures in the house; more are refused with 503.")
     max_top_k: int = Field(100, gt=0, description="Most alternatives a client may ask for.")
+    abstain_level: float = Field(
+        DEFAULT_ABSTAIN_LEVEL,
+        ge=0.0,
+        le=1.0,
+        description="Pictures with a p-value this low are abstained on; 0: never.",
+    )
     request_timeout_s: float = Field(30.0, gt=0.0, description="A prediction not answered by then gets 504.")
 
     max_batch_size: int = Field(0, ge=0, description="Pictures a backbone pass; 0: 8 on CPU, 64 on CUDA.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,13 @@ def make_module(tiny_artefact: BackboneArtefact) -> Callable[..., bytes]:
     """`make_module("birds", seed=1)`: the bytes of a small trained module file for the tiny backbone."""
     made: dict[tuple[object, ...], bytes] = {}
 
-    def make(task: str = "shapes", *, seed: int = 0, num_classes: int = 3, per_class: int = 8) -> bytes:
-        key = (task, seed, num_classes, per_class)
+    def make(
+        task: str = "shapes", *, seed: int = 0, num_classes: int = 3, per_class: int = 8, **options: Any
+    ) -> bytes:
+        key = (task, seed, num_classes, per_class, *sorted(options.items()))
         if key not in made:
             features = make_features(task, seed=seed, num_classes=num_classes, per_class=per_class)
-            made[key] = train_task(task, features, tiny_artefact.manifest, seed=seed).data
+            made[key] = train_task(task, features, tiny_artefact.manifest, seed=seed, **options).data
         return made[key]
 
     return make

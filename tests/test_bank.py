@@ -18,9 +18,11 @@ from random_modules import (
     without_calibration,
 )
 
-from model_store.bank import MAX_BLEND_VECTORS, MIN_ALTERNATIVE_PROBABILITY, Answer, ModuleBank
+from model_store.answers import Answer
+from model_store.bank import MAX_BLEND_VECTORS, ModuleBank
 from model_store.blend import MIN_VECTORS, Blend
 from model_store.errors import InvalidRequest, UnknownTask
+from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
 from model_store.selection import OUTSIDE_SHARE, PRIOR_IMAGES, SHRINKAGE
 from model_store.task_module import TaskModule
 

@@ -328,3 +328,18 @@ def test_every_batch_bucket_is_warmed(
     backbone.batch_buckets = buckets
     with Engine(backbone, settings()):
         assert backbone.batch_sizes == warmed
+
+
+async def test_a_known_picture_is_answered_as_it_was_asked(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    """Every part of a question counts on the short way, too."""
+    with Engine(backbone, settings()) as engine:
+        await engine.answer([picture(5)], Question(bank))
+        for question in (
+            Question(bank, task="cars", top_k=2),
+            Question(bank, selection="entropy", top_k=3),
+            Question(bank, coverage=0.9, abstain_level=0.5),
+        ):
+            known = (await engine.answer([picture(5)], question))[0]
+            assert known.timings.batch_size == 0
+            with Engine(backbone, settings(cls_cache_bytes=0)) as fresh:
+                assert known.answer == (await fresh.answer([picture(5)], question))[0].answer

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from model_store.errors import InvalidModule
+from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import (
     OUTSIDE_SHARE,
     PRIOR_IMAGES,
@@ -194,32 +195,41 @@ def test_one_and_two_classes_have_finite_scores(num_classes: int) -> None:
 @pytest.mark.parametrize("per_class", [2, 5])
 @pytest.mark.parametrize("num_classes", [4, 11])
 def test_removing_a_vector_equals_fitting_without_it(per_class: int, num_classes: int) -> None:
-    """As documented: centre, sphere, degrees of freedom and the image's length stay as they were with it."""
+    """As documented: only the sphere inside the covariance stays as it was with it."""
     shrinkage = 0.3
     cls_ND, label_N = clusters(per_class=per_class, num_classes=num_classes)
     discriminant = fit(cls_ND, label_N, shrinkage)
     x, labels = cls_ND.double().numpy(), label_N.numpy()
     freedom = len(labels) - num_classes
     weight = outer_weight(freedom, shrinkage)
-    means_with, scatter_with = means_and_scatter(x, labels)
-    centre = means_with.mean(axis=0)
+    _, scatter_with = means_and_scatter(x, labels)
     round_part = sphere(scatter_with, freedom, shrinkage)
-    length = lengths(x, means_with, centre, weight * scatter_with + round_part)
     expected = []
     for i in range(len(labels)):
         others = np.arange(len(labels)) != i
         means, scatter = means_and_scatter(x[others], labels[others])
-        covariance = weight * scatter + round_part
-        expected.append(cosines(x[i : i + 1], means, centre, covariance, length[i : i + 1])[0])
-    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
+        centre, covariance = means.mean(axis=0), weight * scatter + round_part
+        length = lengths(x[i : i + 1], means, centre, covariance)
+        expected.append(cosines(x[i : i + 1], means, centre, covariance, length)[0])
+    scores_NK = leave_one_out_scores(discriminant, cls_ND, label_N, torch.bincount(label_N)[label_N])
     np.testing.assert_allclose(scores_NK.numpy(), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_some_classes_are_those_of_all() -> None:
+    cls_ND, label_N = clusters()
+    discriminant = fit(cls_ND, label_N)
+    rows = (label_N >= 1) & (label_N < 3)
+    given = cls_ND[rows], label_N[rows], torch.bincount(label_N)[label_N[rows]]
+    all_NK = leave_one_out_scores(discriminant, *given)
+    torch.testing.assert_close(leave_one_out_scores(discriminant, *given, slice(1, 3)), all_NK[:, 1:3])
+    torch.testing.assert_close(discriminant.scores(cls_ND, slice(1, 3)), discriminant.scores(cls_ND)[:, 1:3])
 
 
 def test_vectors_support_their_own_class_less_once_they_are_left_out() -> None:
     cls_ND, label_N = clusters()
     discriminant = fit(cls_ND, label_N)
     inside_NK = discriminant.scores(cls_ND)
-    left_out_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
+    left_out_NK = leave_one_out_scores(discriminant, cls_ND, label_N, torch.bincount(label_N)[label_N])
     own_N1 = label_N[:, None]
     assert left_out_NK.gather(1, own_N1).mean() < inside_NK.gather(1, own_N1).mean()
 
@@ -233,7 +243,7 @@ def test_a_scatter_that_is_no_covariance_is_refused() -> None:
 def test_leaving_out_one_of_two_images_stays_finite() -> None:
     cls_ND, label_N = clusters(per_class=2, feature_dim=12)
     discriminant = fit(cls_ND, label_N)
-    scores_NK = discriminant.leave_one_out_scores(cls_ND, label_N, torch.bincount(label_N)[label_N])
+    scores_NK = leave_one_out_scores(discriminant, cls_ND, label_N, torch.bincount(label_N)[label_N])
     assert scores_NK.isfinite().all()
 
 

@@ -95,6 +95,36 @@ def test_entropy_selection_is_available_per_request(client: TestClient) -> None:
     assert 0.0 < response.json()["predictions"][0]["confidence"] <= 1.0
 
 
+def test_answers_say_how_typical_the_picture_is_and_whether_to_rely_on_them(client: TestClient) -> None:
+    [answer] = client.post("/predict", content=picture()).json()["predictions"]
+    assert 0.0 < answer["p_value"] <= 1.0 and answer["abstained"] == (answer["p_value"] <= 0.01)
+    assert "prediction_set" not in answer
+
+
+def test_a_task_states_its_abstain_level_and_label_space(client: TestClient, make_module: MakeModule) -> None:
+    strict = make_module("birds", seed=1, abstain_level=1.0, label_space="animals")
+    assert client.post("/tasks", content=strict).status_code == 201
+    task = client.get("/tasks/birds").json()
+    assert (task["abstain_level"], task["label_space"]) == (1.0, "animals")
+    [answer] = client.post("/predict", content=picture(), params={"task": "birds"}).json()["predictions"]
+    assert answer["abstained"]
+    [other] = client.post("/predict", content=picture(), params={"task": "cars"}).json()["predictions"]
+    assert other["abstained"] == (other["p_value"] <= 0.01)
+
+
+def test_a_prediction_set_comes_with_a_coverage(client: TestClient) -> None:
+    asked = {"coverage": 0.5}
+    [answer] = client.post("/predict", content=picture(), params=asked).json()["predictions"]
+    listed = [one["probability"] for one in answer["prediction_set"]]
+    assert listed == sorted(listed, reverse=True)
+    encoded = base64.b64encode(picture()).decode()
+    again = client.post("/predict", json={"images": [encoded], **asked}).json()["predictions"]
+    assert again == [answer]
+    impossible = client.post("/predict", content=picture(), params={"coverage": 0.99999})
+    assert impossible.status_code == 422 and "calibration vectors" in impossible.json()["detail"]
+    assert client.post("/predict", content=picture(), params={"coverage": 1.0}).status_code == 422
+
+
 def test_timings_are_given_when_asked_for(client: TestClient) -> None:
     assert "timings" not in client.post("/predict", content=picture(99)).json()
     timings = client.post("/predict", params={"timings": True}, content=picture()).json()["timings"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from random_modules import backbone_manifest
+from random_modules import backbone_manifest, module_bytes, random_module
 from synthetic import make_features
 
 from model_store.bank import ModuleBank
@@ -14,7 +14,16 @@ from model_store.errors import InvalidDataset, ToscaError
 from model_store.luca import FLOWS, Flow
 from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleFile, check_module, read_module
 from training.features import LabelledFeatures
-from training.recipes import BY_NAME, RECIPES, RecipeName, fit_module
+from training.recipes import (
+    BY_NAME,
+    DEFAULT,
+    RECIPES,
+    REFERENCE,
+    Recipe,
+    RecipeName,
+    fit_module,
+    soft_threshold,
+)
 from training.trainer import TrainedTask, cross_fit, train_task
 
 D = 32
@@ -92,7 +101,7 @@ def test_the_same_seed_gives_the_same_bytes() -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_another_seed_gives_another_module(recipe: RecipeName) -> None:
     one, other = (safetensors.torch.load(train(features(), recipe=recipe, seed=seed).data) for seed in (3, 4))
-    assert not torch.equal(one["luca.w1"], other["luca.w1"])
+    assert not torch.equal(one["luca.w1.values"], other["luca.w1.values"])
     assert torch.equal(one["statistics.mean"], other["statistics.mean"]), "statistics need no seed"
 
 
@@ -107,6 +116,43 @@ def test_training_leaves_its_features_alone() -> None:
     before = given.cls_ND.clone()
     train(given)
     assert torch.equal(given.cls_ND, before)
+
+
+# -- sparsity ----------------------------------------------------------------------------------------
+
+
+def test_soft_thresholding_shrinks_and_cuts_to_exact_zero() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([[-3.0, -0.2, 0.0], [0.1, 0.5, 2.0]]))
+    soft_threshold([parameter], 0.5)
+    assert parameter.tolist() == [[-2.5, 0.0, 0.0], [0.0, 0.0, 1.5]]
+
+
+def test_a_proximal_penalty_gives_exact_zeros_and_the_published_one_none() -> None:
+    given = make_features("shapes", feature_dim=192, per_class=16, spread=1.0)
+    rows = given.rows("train")
+    x_ND, label_N = given.cls_ND[rows], given.label_N[rows]
+
+    def share_of_zeros(recipe: Recipe) -> float:
+        luca, _ = fit_module(x_ND, label_N, 3, recipe, torch.Generator().manual_seed(0))
+        matrices = [luca.w1, luca.w2, luca.v1, luca.v2]
+        return float(torch.cat([(one == 0).flatten() for one in matrices]).double().mean())
+
+    strengths = [
+        share_of_zeros(dataclasses.replace(DEFAULT, epochs=10, proximal_l1=one)) for one in (0.0, 0.3, 3.0)
+    ]
+    assert strengths[0] < strengths[1] - 0.05 < strengths[2] - 0.1
+    assert share_of_zeros(dataclasses.replace(REFERENCE, epochs=2)) == 0.0
+
+
+def test_zeros_take_no_bytes_but_their_bit() -> None:
+    module = random_module("birds", feature_dim=64)
+    dense = len(module_bytes(module))
+    with torch.no_grad():
+        module.luca.w1.zero_()
+    saved = dense - len(module_bytes(module))
+    assert saved == pytest.approx(2 * module.luca.w1.numel(), abs=16), (
+        "but for digits and padding of the header"
+    )
 
 
 # -- learning ----------------------------------------------------------------------------------------

@@ -79,6 +79,13 @@ def train(
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "default",
     flow: Annotated[str, typer.Option(help=f"One of: {', '.join(FLOWS)}.")] = "tosca",
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    label_space: Annotated[
+        str | None, typer.Option(help="Tasks that name the same space answer together about its labels.")
+    ] = None,
+    abstain_level: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Abstain at or below this p-value, whatever the server's level."),
+    ] = None,
     min_images: Annotated[int, typer.Option(min=1, help="Training pictures every class needs.")] = 2,
     max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
     force: Annotated[
@@ -97,14 +104,23 @@ def train(
     chosen_recipe = choose(recipe, RECIPES, "--recipe")
     chosen_flow = choose(flow, FLOWS, "--flow")
     source = open_source(data, min_images_per_class=min_images)
-    check_names(task, source.labels)
+    check_names(task, source.labels, label_space)
     opened = ModelStore(store)
     backbone = load_backbone(opened, device, runtime)
     features = load_features(source, backbone, cache, max_corrupt)
     for line in features.skipped:
         err.print(f"skipped {line}", style="yellow")
     started = time.monotonic()
-    trained = train_task(task, features, backbone.manifest, recipe=chosen_recipe, flow=chosen_flow, seed=seed)
+    trained = train_task(
+        task,
+        features,
+        backbone.manifest,
+        recipe=chosen_recipe,
+        flow=chosen_flow,
+        seed=seed,
+        label_space=label_space,
+        abstain_level=abstain_level,
+    )
     seconds = time.monotonic() - started
     result = _keep(trained, opened, output, report or Path(".tosca/reports"), force)
     result |= {

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model_store.bank import Answer, ModuleBank
+from model_store.answers import Answer
+from model_store.bank import ModuleBank
 from model_store.calibration import expected_calibration_error
 from model_store.errors import InvalidDataset
 from model_store.selection import Selection

@@ -27,7 +27,7 @@ from model_store.task_module import TaskModule
 from training.features import LabelledFeatures
 from training.recipes import BY_NAME, Recipe, RecipeName, fit_module
 
-NUM_FOLDS = 3
+NUM_FOLDS = 5
 MIN_IMAGES_FOR_LUCA = 5  # in every class, before LuCA may speak beside the ridge
 MIN_EVIDENCE = 10  # unseen vectors, before weights are fitted at all
 LUCA_MARGIN = 0.005  # nats
@@ -93,9 +93,11 @@ def train_task(
     features: LabelledFeatures,
     backbone: BackboneManifest,
     *,
-    recipe: RecipeName = "default",
+    recipe: RecipeName | Recipe = "default",
     flow: Flow = "tosca",
     seed: int = 0,
+    label_space: str | None = None,
+    abstain_level: float | None = None,
 ) -> TrainedTask:
     """Train one task and return its module file; equal features, recipe and seed give equal bytes.
 
@@ -103,8 +105,8 @@ def train_task(
     reported rests on predictions for pictures they had not seen: the `val` split where there is one,
     else leave-one-out for the ridge and cross-fitting for LuCA.
     """
-    check_names(task, features.labels)
-    chosen = BY_NAME[recipe]
+    check_names(task, features.labels, label_space)
+    chosen = recipe if isinstance(recipe, Recipe) else BY_NAME[recipe]
     num_classes = len(features.labels)
     train, val, test = (features.rows(split) for split in ("train", "val", "test"))
     cls_ND, label_N = features.cls_ND[train], features.label_N[train]
@@ -158,6 +160,8 @@ def train_task(
             held_out_logits_MK=unseen_UK[picked].clone(),
             in_statistics_M=torch.full((len(picked),), len(val) == 0),
         ),
+        label_space=label_space,
+        abstain_level=abstain_level,
     )
     golden_MK = module.logits(calibration_MD.float()).clone()
     module = replace(module, calibration=replace(module.calibration, logits_MK=golden_MK))
@@ -170,6 +174,8 @@ def train_task(
     manifest = ModuleManifest(
         task=task,
         labels=features.labels,
+        label_space=label_space,
+        abstain_level=abstain_level,
         backbone_fingerprint=backbone.fingerprint,
         feature_dim=backbone.feature_dim,
         bottleneck_dim=luca.bottleneck_dim,
@@ -189,9 +195,12 @@ def train_task(
     return TrainedTask(manifest, write_module(manifest, module), held_out, features.skipped)
 
 
-def check_names(task: str, labels: Sequence[str]) -> None:
+def check_names(task: str, labels: Sequence[str], label_space: str | None = None) -> None:
     """Raise InvalidDataset unless a module file may carry these names."""
-    for check, name in [(check_task_name, task), *((check_label, label) for label in labels)]:
+    names = [(check_task_name, task), *((check_label, label) for label in labels)]
+    if label_space is not None:
+        names.append((check_task_name, label_space))
+    for check, name in names:
         try:
             check(name)
         except ValueError as error:

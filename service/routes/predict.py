@@ -50,6 +50,12 @@ async def predict(
     task: Annotated[str | None, Query(description="Let this task answer instead of choosing one.")] = None,
     top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
     selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
+    coverage: Annotated[
+        float | None,
+        Query(
+            gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
+        ),
+    ] = None,
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
     return_cls: Annotated[bool, Query(description="Give back the CLS vectors.")] = False,
 ) -> PredictResponse | Response:
@@ -64,6 +70,7 @@ async def predict(
     pictures: list[bytes] | Tensor
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
+        coverage = body.coverage or coverage
         _check_count(len(body.images or body.cls or ()), limit)
         pictures = decode_base64(body.images) if body.images else read_cls(body, state.engine.backbone)
     else:
@@ -71,7 +78,7 @@ async def predict(
         pictures = body
     if top_k > state.settings.max_top_k:
         raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
-    question = Question(bank, selection, task, top_k)
+    question = Question(bank, selection, task, top_k, coverage, state.settings.abstain_level)
     try:
         answers = await while_connected(request, state.engine.answer(pictures, question))
     except ClientLeft:

@@ -58,7 +58,8 @@ def sealed(header: Header, payload: bytes) -> bytes:
 def test_tensors_that_trade_places_are_noticed() -> None:
     """Equal shapes, other offsets: only the digest over the header's entries can tell."""
     header, payload = split()
-    header["luca.w1"], header["luca.v1"] = header["luca.v1"], header["luca.w1"]
+    one, other = "luca.w1.values", "luca.v1.values"
+    header[one], header[other] = header[other], header[one]
     with pytest.raises(InvalidModule, match="does not match its own digest"):
         read_module(raw(json.dumps(header).encode(), payload))
 
@@ -128,7 +129,7 @@ def test_the_unharmed_file_is_accepted() -> None:
 
 
 def test_the_files_cover_every_kind_of_tensor() -> None:
-    assert len(TENSORS) == 23 and len(FLOATS) == 19
+    assert len(TENSORS) == 27 and len(FLOATS) == 19
 
 
 # -- the container -----------------------------------------------------------------------------------
@@ -295,25 +296,40 @@ def entry(name: str, **fields: object) -> Callable[[], bytes]:
 LAYOUTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "overlapping offsets": (
         lambda: with_header(
-            lambda header: header["luca.w1"].update(data_offsets=header["luca.w2"]["data_offsets"])
+            lambda header: header["ridge.linear"].update(data_offsets=header["head.weight"]["data_offsets"])
         ),
         "not a whole safetensors file",
     ),
-    "offsets beyond the file": (entry("luca.w1", data_offsets=[0, 2**40]), "not a whole safetensors file"),
-    "offsets backwards": (entry("luca.w1", data_offsets=[64, 0]), "not a whole safetensors file"),
-    "negative offsets": (entry("luca.w1", data_offsets=[-64, 0]), "not a whole safetensors file"),
-    "one offset": (entry("luca.w1", data_offsets=[0]), "not a whole safetensors file"),
-    "offsets missing": (
-        lambda: with_header(lambda header: header["luca.w1"].pop("data_offsets")),
+    "offsets beyond the file": (
+        entry("ridge.linear", data_offsets=[0, 2**40]),
         "not a whole safetensors file",
     ),
-    "gigantic shape": (entry("luca.w1", shape=[2**62, 2**62]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "shape beyond 64 bits": (entry("luca.w1", shape=[2**70]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "negative shape": (entry("luca.w1", shape=[-1, 16]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "fractional shape": (entry("luca.w1", shape=[0.5, 32]), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "shape is text": (entry("luca.w1", shape="1x16"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "unknown dtype": (entry("luca.w1", dtype="F128"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
-    "dtype of another size": (entry("luca.w1", dtype="F64"), r"luca\.w1 is .*, expected \[1, 16\] F16"),
+    "offsets backwards": (entry("ridge.linear", data_offsets=[64, 0]), "not a whole safetensors file"),
+    "negative offsets": (entry("ridge.linear", data_offsets=[-64, 0]), "not a whole safetensors file"),
+    "one offset": (entry("ridge.linear", data_offsets=[0]), "not a whole safetensors file"),
+    "offsets missing": (
+        lambda: with_header(lambda header: header["ridge.linear"].pop("data_offsets")),
+        "not a whole safetensors file",
+    ),
+    "gigantic shape": (
+        entry("ridge.linear", shape=[2**62, 2**62]),
+        r"ridge\.linear is .*, expected \[16, 3\] F16",
+    ),
+    "shape beyond 64 bits": (
+        entry("ridge.linear", shape=[2**70]),
+        r"ridge\.linear is .*, expected \[16, 3\] F16",
+    ),
+    "negative shape": (entry("ridge.linear", shape=[-1, 16]), r"ridge\.linear is .*, expected \[16, 3\] F16"),
+    "fractional shape": (
+        entry("ridge.linear", shape=[0.5, 32]),
+        r"ridge\.linear is .*, expected \[16, 3\] F16",
+    ),
+    "shape is text": (entry("ridge.linear", shape="1x16"), r"ridge\.linear is .*, expected \[16, 3\] F16"),
+    "unknown dtype": (entry("ridge.linear", dtype="F128"), r"ridge\.linear is .*, expected \[16, 3\] F16"),
+    "dtype of another size": (
+        entry("ridge.linear", dtype="F64"),
+        r"ridge\.linear is .*, expected \[16, 3\] F16",
+    ),
     "empty tensor of gigantic shape": (
         lambda: with_header(
             lambda header: header.update(bomb={"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]})
@@ -326,7 +342,7 @@ LAYOUTS: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "",
     ),
-    "tensor with a thousand dimensions": (entry("luca.w1", shape=[1] * 1000 + [16]), ""),
+    "tensor with a thousand dimensions": (entry("ridge.linear", shape=[1] * 1000 + [16]), ""),
     "tensor name of a megabyte": (
         lambda: with_tensors(**{"x" * 2**20: torch.zeros(1)}),
         "tensor 'x{80}' is not part of the format",
@@ -437,7 +453,7 @@ MANIFESTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "nested too deep": (lambda: with_manifest_text("[" * 100_000), "module manifest"),
     "a lone surrogate": (lambda: with_manifest_text("\ud800"), ""),
     "a lone surrogate in a label": (lambda: with_manifest_text('{"labels": ["\ud800"]}'), ""),
-    "format version 2": (lambda: with_manifest(format_version=2), "format_version"),
+    "format version 1": (lambda: with_manifest(format_version=1), "format_version"),
     "an unknown field": (
         lambda: with_manifest(pickle="cos\nsystem"),
         "pickle: Extra inputs are not permitted",

@@ -1,6 +1,8 @@
-"""`tosca bench continual` and `tosca bench paper`."""
+"""`tosca bench continual`, `tosca bench paper` and `tosca bench sparsity`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,7 @@ from model_store.console import (
     StoreOption,
     err,
     out,
+    print_table,
 )
 from model_store.store import ModelStore
 from training.continual.protocol import ARCHITECTURE, DATASETS, SEEDS, paper_stream
@@ -23,8 +26,10 @@ from training.continual.registry import METHODS, check_methods
 from training.continual.results import RunResult, Steps, open_results
 from training.continual.runner import Plan, run_benchmark
 from training.continual.sources import open_stream
+from training.continual.sparsity import SparsityResult, sparsity_curve
 from training.continual.streams import Order, Stream, read_stream
 from training.continual.table import TABLE_WIDTH, results_table
+from training.continual.tasks import arrange
 from training.loading import DEFAULT_CACHE, CacheOption, load_backbone, load_features
 from training.sources import PictureSource
 
@@ -40,6 +45,15 @@ PlotsOption = Annotated[Path | None, typer.Option("--plots", help="Folder for th
 AgainOption = Annotated[str, typer.Option("--again", help="Methods to run anew although the file has them.")]
 WidthOption = Annotated[
     int, typer.Option("--ranpac-width", min=1, max=PUBLISHED_WIDTH, help="Random features of ranpac.")
+]
+UnrelatedOption = Annotated[
+    list[Path], typer.Option("--unrelated", help="Stream files whose tasks are learnt afterwards; repeated.")
+]
+ImagesOption = Annotated[
+    int | None, typer.Option("--images-per-class", min=1, help="Learn from so many pictures a class.")
+]
+LeaveOutOption = Annotated[
+    bool, typer.Option("--leave-out", help="Also leave each task out and reject its pictures.")
 ]
 bench = typer.Typer(name="bench", help="Benchmarks.", no_args_is_help=True)
 
@@ -60,6 +74,9 @@ def continual(
     plots: PlotsOption = None,
     again: AgainOption = "",
     ranpac_width: WidthOption = PUBLISHED_WIDTH,
+    unrelated: UnrelatedOption = [],  # noqa: B006  (typer copies it)
+    images_per_class: ImagesOption = None,
+    leave_out: LeaveOutOption = False,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
@@ -70,9 +87,10 @@ def continual(
     Example: tosca bench continual --stream benchmarks/streams/mixed.toml --data pictures --json out.json
     """
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
-    described = read_stream(stream)
-    sources = open_stream(described, data)
-    _run(described, sources, load_backbone(ModelStore(store), device, precision), cache, options)
+    streams = [read_stream(path) for path in (stream, *unrelated)]
+    opened = [(one, open_stream(one, data)) for one in streams]
+    backbone = load_backbone(ModelStore(store), device, precision)
+    _run(opened, backbone, cache, replace(options, images_per_class=images_per_class, leave_out=leave_out))
 
 
 @bench.command()
@@ -115,7 +133,60 @@ def paper(
     ):
         if found != published:
             err.print(f"not the published setting: {found}, published {published}", style="yellow")
-    _run(stream, sources, backbone, cache, options)
+    _run([(stream, sources)], backbone, cache, options)
+
+
+@bench.command()
+def sparsity(
+    stream: Annotated[Path, typer.Option(help="Stream file, as in benchmarks/streams.")],
+    data: Annotated[Path, typer.Option(help="Folder that the stream's folders are relative to.")] = Path(),
+    seeds: SeedsOption = "0,1,2",
+    json: Annotated[Path | None, typer.Option("--json", help="Results file.")] = None,
+    cache: CacheOption = DEFAULT_CACHE,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Accuracy against bytes for several strengths of the proximal penalty.
+
+    Example: tosca bench sparsity --stream benchmarks/streams/mixed.toml --data pictures --json out.json
+    """
+    described = read_stream(stream)
+    sources = open_stream(described, data)
+    backbone = load_backbone(ModelStore(store), device, precision)
+    features = [load_features(source, backbone, cache) for source in sources]
+    chosen = _seeds(seeds)
+
+    def done(one: SparsityResult) -> None:
+        err.print(f"penalty {one.proximal_l1:g}: accuracy {one.accuracy:.4f}")
+
+    arranged = [(seed, arrange(described, features, seed)) for seed in chosen]
+    curve = sparsity_curve(arranged, backbone.manifest, done=done)
+    print_table(
+        ["penalty", "density", "LuCA kB", "file kB", "LuCA alone %", "end to end %"],
+        (
+            (
+                f"{one.proximal_l1:g}",
+                f"{one.density:.3f}",
+                f"{one.luca_bytes / 1e3:.0f}",
+                f"{one.file_bytes / 1e3:.0f}",
+                f"{100.0 * one.luca_accuracy:.1f}",
+                f"{100.0 * one.accuracy:.1f}",
+            )
+            for one in curve
+        ),
+    )
+    if json is not None:
+        document = {
+            "stream": described.model_dump(mode="json"),
+            "backbone": backbone.fingerprint,
+            "precision": backbone.precision,
+            "seeds": list(chosen),
+            "data_sha256": {one.name: one.data_sha256 for one in features},
+            "curve": [one.model_dump() for one in curve],
+        }
+        json.parent.mkdir(parents=True, exist_ok=True)
+        json.write_text(dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +200,8 @@ class _Options:
     plots: Path | None
     again: tuple[str, ...]
     ranpac_width: int
+    images_per_class: int | None = None
+    leave_out: bool = False
 
     @classmethod
     def parse(
@@ -151,21 +224,27 @@ class _Options:
 
 
 def _run(
-    stream: Stream,
-    sources: tuple[PictureSource, ...],
+    streams: Sequence[tuple[Stream, tuple[PictureSource, ...]]],
     backbone: Backbone,
     cache: Path,
     options: _Options,
 ) -> None:
-    features = [load_features(source, backbone, cache) for source in sources]
+    """The first stream is measured; tasks of the others are learnt after it."""
+    (stream, features), *unrelated = (
+        (one, [load_features(source, backbone, cache) for source in sources]) for one, sources in streams
+    )
+    every = [*features, *(one for _, parts in unrelated for one in parts)]
     config = {
         "stream": stream.model_dump(mode="json"),
+        "unrelated": [one.model_dump(mode="json") for one, _ in unrelated],
+        "images_per_class": options.images_per_class,
+        "leave_out": options.leave_out,
         "steps": options.steps,
         "backbone": backbone.fingerprint,
         "architecture": backbone.manifest.architecture,
         "precision": backbone.precision,
         "ranpac_width": options.ranpac_width,
-        "data_sha256": {one.name: one.data_sha256 for one in features},
+        "data_sha256": {one.name: one.data_sha256 for one in every},
     }
     results = open_results(options.json, config).without(options.again)
 
@@ -183,6 +262,9 @@ def _run(
         options.steps,
         options.ranpac_width,
         done,
+        unrelated,
+        options.images_per_class,
+        options.leave_out,
     )
     results = run_benchmark(plan, results, options.json)
     Console(width=max(out.width, TABLE_WIDTH)).print(results_table(results))

@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -54,6 +54,19 @@ class Method(Protocol):
     @property
     def size_bytes(self) -> int:
         """What has to be kept to answer and to learn further."""
+        ...
+
+
+@runtime_checkable
+class CautiousMethod(Protocol):
+    """What a method has that also says what it cannot rule out, and how unusual a picture is."""
+
+    def prediction_sets(self, cls_ND: Tensor, coverage: float) -> list[frozenset[int]]:
+        """The labels of each picture's prediction set."""
+        ...
+
+    def p_values(self, cls_ND: Tensor) -> Tensor:
+        """[N] in (0, 1]; low for pictures unlike those of any task learnt."""
         ...
 
 

@@ -80,6 +80,20 @@ def reliability(confidence_N: Tensor, correct_N: Tensor) -> list[tuple[int, floa
     return rows
 
 
+def area_under_roc(known_N: Tensor, unknown_M: Tensor) -> float:
+    """Probability that a known picture scores above an unknown one, ties counting half; in [0, 1]."""
+    sorted_M = unknown_M.sort().values
+    below_N = torch.searchsorted(sorted_M, known_N.contiguous(), right=False)
+    not_above_N = torch.searchsorted(sorted_M, known_N.contiguous(), right=True)
+    return float((below_N + not_above_N).double().mean()) / (2.0 * len(unknown_M))
+
+
+def false_positives_at_95(known_N: Tensor, unknown_M: Tensor) -> float:
+    """Share of unknown pictures that pass the highest score which at least 95 % of the known ones reach."""
+    level = known_N.sort().values[math.floor(0.05 * len(known_N))]
+    return share(unknown_M >= level)
+
+
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """The mean and the standard deviation of a sample (n − 1); 0 for a single value."""
     spread = torch.tensor(values, dtype=torch.float64)

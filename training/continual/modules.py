@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from model_store.answers import Answer
 from model_store.backbone import BackboneManifest
-from model_store.bank import Answer, ModuleBank
+from model_store.bank import ModuleBank
 from model_store.module_file import ModuleFile, read_module
 from model_store.selection import Selection, entropy
 from training.continual.method import Columns, Predictions, decide
@@ -36,11 +37,14 @@ class ModuleTrainer:
 
     def train(self, task: ContinualTask, recipe: RecipeName, seed: int) -> tuple[_Trained, float]:
         """The module, and the seconds saved because it was there already."""
-        key = (recipe, str(seed), task.name, task.train.data_sha256, *task.train.labels)
+        size = str(len(task.train.label_N))
+        key = (recipe, str(seed), task.name, task.train.data_sha256, size, *task.train.labels)
         if key in self._trained:
             return self._trained[key], self._trained[key].seconds
         started = time.monotonic()
-        data = train_task(task.name, task.train, self.backbone, recipe=recipe, seed=seed).data
+        data = train_task(
+            task.name, task.train, self.backbone, recipe=recipe, seed=seed, label_space=task.label_space
+        ).data
         self._trained[key] = _Trained(read_module(data), time.monotonic() - started)
         return self._trained[key], 0.0
 
@@ -93,6 +97,16 @@ class ModuleMethod:
         name = self._trained[task].file.module.task
         answers = self.bank.answer(cls_ND, task=name, top_k=len(self._column))
         return self._read(answers, self.columns.task_C == task)
+
+    def prediction_sets(self, cls_ND: Tensor, coverage: float) -> list[frozenset[int]]:
+        label_C = self.columns.label_C.tolist()
+        return [
+            frozenset(label_C[self._column[one.task, one.label]] for one in answer.prediction_set or ())
+            for answer in self.bank.answer(cls_ND, top_k=1, coverage=coverage)
+        ]
+
+    def p_values(self, cls_ND: Tensor) -> Tensor:
+        return torch.tensor([answer.p_value for answer in self.bank.answer(cls_ND, top_k=1)])
 
     def _read(self, answers: list[Answer], possible_C: Tensor) -> Predictions:
         """Answers list all but the least probable choices; what is missing to 1 is spread over the rest."""

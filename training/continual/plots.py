@@ -1,4 +1,4 @@
-"""The benchmark's pictures: accuracy against tasks, accuracy matrix, reliability diagram."""
+"""The benchmark's pictures: accuracy against tasks, accuracy matrix, reliability diagram, coverage."""
 # B steps
 
 from pathlib import Path
@@ -36,6 +36,13 @@ def write_plots(results: BenchmarkResults, folder: Path) -> list[Path]:
     calibrated = {name: runs for name, runs in calibrated.items() if runs}
     if calibrated:
         written.append(_plot_reliability(calibrated, folder / "reliability.png"))
+    covered = {
+        name: [run for run in runs.values() if run.coverage is not None]
+        for name, runs in results.runs.items()
+    }
+    covered = {name: runs for name, runs in covered.items() if runs}
+    if covered:
+        written.append(_plot_coverage(covered, folder / "coverage.png"))
     return written
 
 
@@ -72,6 +79,25 @@ def _plot_matrix(name: str, run: RunResult, path: Path) -> Path:
     axes.set_yticks(range(size), [str(b + 1) for b in range(size)])
     axes.set(title=f"accuracy matrix, {name}", xlabel="task", ylabel="tasks learnt")
     figure.colorbar(image)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _plot_coverage(covered: dict[str, list[RunResult]], path: Path) -> Path:
+    """Coverage of the prediction sets against what was asked for, and their mean size; a line a seed."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    truth, size = figure.subplots(1, 2)
+    truth.plot([0.88, 1.0], [0.88, 1.0], color="grey", linewidth=1)
+    for i, (name, runs) in enumerate(covered.items()):
+        for seed, run in enumerate(runs):
+            points = run.coverage or ()
+            nominal = [one.nominal for one in points]
+            label = name if seed == 0 else None
+            truth.plot(nominal, [one.coverage for one in points], "o-", color=f"C{i}", label=label)
+            size.plot(nominal, [one.mean_size for one in points], "o-", color=f"C{i}")
+    truth.set(xlabel="asked for", ylabel="coverage")
+    size.set(xlabel="asked for", ylabel="mean size of the set")
+    truth.legend(fontsize="small")
     figure.savefig(path, dpi=110)
     return path
 

@@ -26,6 +26,9 @@ FIGURES = (
     "nll",
     "bytes_per_task",
     "learn_s_per_task",
+    "unrelated_accuracy",
+    "auroc",
+    "fpr95",
 )
 
 
@@ -50,11 +53,44 @@ class StepResult(_Table):
     worst_task_nll: float | None
 
 
+class CoverageResult(_Table):
+    """Prediction sets after the last task at a `nominal` coverage: how often they hold the truth, their mean
+    size, and the length of the list of most probable labels that holds the truth as often."""
+
+    nominal: float
+    coverage: float
+    mean_size: float
+    equal_top_k: int
+
+
+class RejectionResult(_Table):
+    """A task left out: how well p-values tell its pictures from those of the tasks that were learnt.
+
+    `fpr95` is the share of its pictures accepted at the level that accepts 95 % of the others';
+    `abstained_known` and `abstained_unknown` are the shares with p ≤ 0.05.
+    """
+
+    task: str
+    auroc: float
+    fpr95: float
+    abstained_known: float
+    abstained_unknown: float
+
+
+class UnrelatedResult(_Table):
+    """The stream's pictures asked again after `num_tasks` tasks that have nothing to do with them."""
+
+    num_tasks: int
+    accuracy: float
+    selection_accuracy: float
+
+
 class RunResult(_Table):
     """One method on one seed. Stream figures are None unless every step was measured.
 
     `settle_s` is what the first answer after the last task waits for (solving, building the bank);
-    `answer_s` is for all `num_pictures` test pictures after that.
+    `answer_s` is for all `num_pictures` test pictures after that. `coverage` and `rejection` are there for
+    methods that state prediction sets and p-values.
     """
 
     tasks: tuple[str, ...]
@@ -69,6 +105,9 @@ class RunResult(_Table):
     num_pictures: int
     size_bytes: int
     reliability: tuple[tuple[int, float, float], ...] | None
+    coverage: tuple[CoverageResult, ...] | None = None
+    rejection: tuple[RejectionResult, ...] | None = None
+    unrelated: UnrelatedResult | None = None
 
     def figure(self, name: str) -> float | None:
         """One of FIGURES; those of a step are the last step's."""
@@ -76,6 +115,11 @@ class RunResult(_Table):
             return self.size_bytes / len(self.tasks)
         if name == "learn_s_per_task":
             return sum(self.learn_s_by_task) / len(self.tasks)
+        if name == "unrelated_accuracy":
+            return self.unrelated.accuracy if self.unrelated else None
+        if name in ("auroc", "fpr95"):
+            values = [getattr(one, name) for one in self.rejection or ()]
+            return sum(values) / len(values) if values else None
         value: float | None = getattr(self if hasattr(self, name) else self.steps[-1], name)
         return value
 
@@ -89,7 +133,7 @@ class Figure(_Table):
 class BenchmarkResults(_Table):
     """`config` says what was measured: runs of another configuration never share a file."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     config: dict[str, Any]
     versions: dict[str, str] = Field(default_factory=dict)
     runs: dict[str, dict[str, RunResult]] = Field(default_factory=dict)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from model_store.backbone import BackboneManifest
-from training.continual.method import Method, Predictions
+from training.continual.caution import leave_tasks_out, measure_coverage
+from training.continual.method import CautiousMethod, Method, Predictions
 from training.continual.metrics import (
     measure_calibration,
     reliability,
@@ -20,9 +21,16 @@ from training.continual.metrics import (
     summarise_stream,
 )
 from training.continual.registry import METHODS, Workshop
-from training.continual.results import BenchmarkResults, RunResult, StepResult, Steps
+from training.continual.results import (
+    BenchmarkResults,
+    CoverageResult,
+    RunResult,
+    StepResult,
+    Steps,
+    UnrelatedResult,
+)
 from training.continual.streams import Stream
-from training.continual.tasks import ContinualTask, arrange
+from training.continual.tasks import ContinualTask, arrange, renumber
 from training.features import LabelledFeatures
 
 Result = TypeVar("Result")
@@ -30,7 +38,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run; `done` hears of every finished (method, seed)."""
+    """What to run; `done` hears of every finished (method, seed).
+
+    `unrelated` are streams whose tasks are learnt after those of the stream; `images_per_class` limits the
+    training pictures of all; `leave_out` also measures how pictures of unknown tasks are told.
+    """
 
     stream: Stream
     features: Sequence[LabelledFeatures]
@@ -40,6 +52,21 @@ class Plan:
     steps: Steps
     ranpac_width: int
     done: Callable[[str, int, RunResult], None] = lambda *_: None
+    unrelated: Sequence[tuple[Stream, Sequence[LabelledFeatures]]] = ()
+    images_per_class: int | None = None
+    leave_out: bool = False
+
+    def tasks(self, seed: int) -> tuple[ContinualTask, ...]:
+        return arrange(self.stream, self.features, seed, self.images_per_class)
+
+    def unrelated_tasks(self, seed: int, first_label: int) -> tuple[ContinualTask, ...]:
+        """Those of all unrelated streams, with labels of their own from `first_label` on."""
+        tasks: tuple[ContinualTask, ...] = ()
+        for stream, features in self.unrelated:
+            arranged = arrange(stream, features, seed, self.images_per_class)
+            tasks += renumber(arranged, first_label)
+            first_label = 1 + max(int(task.label_K.max()) for task in tasks)
+        return tasks
 
 
 def run_benchmark(plan: Plan, results: BenchmarkResults, path: Path | None) -> BenchmarkResults:
@@ -48,13 +75,19 @@ def run_benchmark(plan: Plan, results: BenchmarkResults, path: Path | None) -> B
         missing = [name for name in plan.methods if not results.has(name, seed)]
         if not missing:
             continue
-        tasks = arrange(plan.stream, plan.features, seed)
+        tasks = plan.tasks(seed)
+        unrelated = plan.unrelated_tasks(seed, 1 + max(int(task.label_K.max()) for task in tasks))
         workshop = Workshop.open(plan.backbone, plan.ranpac_width)
         for name in missing:
             entry = METHODS[name]
-            run = run_method(
-                entry.make(workshop, seed), tasks, told_task=entry.told_task, every_step=plan.steps == "all"
-            )
+            method = entry.make(workshop, seed)
+            run = run_method(method, tasks, told_task=entry.told_task, every_step=plan.steps == "all")
+            if unrelated:
+                found = ask_again(method, tasks, unrelated, told_task=entry.told_task)
+                run = run.model_copy(update={"unrelated": found})
+            if plan.leave_out and not entry.told_task:
+                rejection = leave_tasks_out(partial(entry.make, workshop, seed), tasks)
+                run = run.model_copy(update={"rejection": rejection})
             results = results.with_run(name, seed, run)
             if path is not None:
                 results.write(path)
@@ -73,7 +106,7 @@ def run_method(
         learn_s[-1] += method.saved_s - saved_s
         if every_step or b == len(tasks) - 1:
             settle_s = _timed(lambda: method.predict(tasks[0].test_cls_UD[:1]))[1]
-            measured = _measure(method, tasks[: b + 1], told_task)
+            measured = _measure(method, tasks[: b + 1], told_task, with_sets=b == len(tasks) - 1)
             steps.append(measured.step)
     scores = None
     if every_step:
@@ -92,6 +125,19 @@ def run_method(
         num_pictures=sum(len(task.test_label_U) for task in tasks),
         size_bytes=method.size_bytes,
         reliability=measured.reliability,
+        coverage=measured.coverage,
+    )
+
+
+def ask_again(
+    method: Method, tasks: Sequence[ContinualTask], unrelated: Sequence[ContinualTask], *, told_task: bool
+) -> UnrelatedResult:
+    """The accuracy on the tasks that a method knows after it has learnt unrelated ones."""
+    for task in unrelated:
+        method.learn(task)
+    step = _measure(method, tasks, told_task).step
+    return UnrelatedResult(
+        num_tasks=len(unrelated), accuracy=step.accuracy, selection_accuracy=step.selection_accuracy
     )
 
 
@@ -100,9 +146,12 @@ class _Measured:
     step: StepResult
     seconds: float
     reliability: tuple[tuple[int, float, float], ...] | None
+    coverage: tuple[CoverageResult, ...] | None
 
 
-def _measure(method: Method, tasks: Sequence[ContinualTask], told_task: bool) -> _Measured:
+def _measure(
+    method: Method, tasks: Sequence[ContinualTask], told_task: bool, with_sets: bool = False
+) -> _Measured:
     cls_ND = torch.cat([task.test_cls_UD for task in tasks])
     label_N = torch.cat([task.test_label_U for task in tasks])
     sizes = [len(task.test_label_U) for task in tasks]
@@ -134,10 +183,12 @@ def _measure(method: Method, tasks: Sequence[ContinualTask], told_task: bool) ->
         worst_task_brier=max((one.brier for one in by_task), default=None),
         worst_task_nll=max((one.nll for one in by_task), default=None),
     )
-    bins = None
+    bins = coverage = None
     if chosen.confidence_N is not None:
         bins = tuple(reliability(chosen.confidence_N, right_N))
-    return _Measured(step, chosen_s, bins)
+    if with_sets and isinstance(method, CautiousMethod) and not told_task:
+        coverage = measure_coverage(method, cls_ND, label_N, chosen)
+    return _Measured(step, chosen_s, bins, coverage)
 
 
 def _rows(predictions: Predictions, rows_N: Tensor) -> Predictions:

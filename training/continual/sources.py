@@ -50,7 +50,10 @@ def _open_alphabets(alphabets: Alphabets, data: Path) -> tuple[PictureSource, ..
             found.setdefault(folder.name, folder)
     if len(found) < 2:
         raise InvalidDataset(f"{', '.join(alphabets.folders)}: expected at least two ALPHABET folders")
-    return tuple(_open_alphabet(found[name], alphabets.train_per_class) for name in sorted(found))
+    whole = [_open_alphabet(found[name], alphabets.train_per_class) for name in sorted(found)]
+    if alphabets.classes_per_task is None:
+        return tuple(whole)
+    return tuple(part for source in whole for part in _cut(source, alphabets.classes_per_task))
 
 
 def _open_alphabet(folder: Path, train_per_class: int) -> PictureSource:
@@ -70,6 +73,18 @@ def _open_alphabet(folder: Path, train_per_class: int) -> PictureSource:
     name = re.sub(r"[^A-Za-z0-9.-]+", "_", folder.name).strip("_")
     labels = tuple(one.name for one in classes)
     return PictureSource(name, (*pictures["train"], *pictures["test"]), labels)
+
+
+def _cut(source: PictureSource, classes_per_task: int) -> list[PictureSource]:
+    """Consecutive classes of a source as sources of nearly equal size."""
+    num_parts = -(-len(source.labels) // classes_per_task)
+    parts = []
+    for i in range(num_parts):
+        first, end = (len(source.labels) * edge // num_parts for edge in (i, i + 1))
+        labels = source.labels[first:end]
+        pictures = tuple(one for one in source.pictures if one.label in labels)
+        parts.append(PictureSource(f"{source.name}-{i:02d}", pictures, labels))
+    return parts
 
 
 def _subfolders(folder: Path) -> list[Path]:

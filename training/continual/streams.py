@@ -42,10 +42,12 @@ class Split(_Table):
 
 
 class Alphabets(_Table):
-    """Of every class, the first `train_per_class` files in sorted order train and the others test."""
+    """Of every class, the first `train_per_class` files in sorted order train and the others test. With
+    `classes_per_task` an alphabet is cut into tasks of at most so many classes."""
 
     folders: tuple[str, ...] = Field(min_length=1)
     train_per_class: int = Field(ge=1)
+    classes_per_task: int | None = Field(None, ge=2)
 
 
 class Stream(_Table):

@@ -14,6 +14,9 @@ _COLUMNS = (  # title, figure, factor and decimals to show it with
     ("forget %", "forgetting", 100.0, 1),
     ("ECE", "ece", 1.0, 3),
     ("worst ECE", "worst_task_ece", 1.0, 3),
+    ("unrelated %", "unrelated_accuracy", 100.0, 1),
+    ("AUROC", "auroc", 1.0, 3),
+    ("FPR95", "fpr95", 1.0, 3),
     ("MB a task", "bytes_per_task", 1e-6, 2),
     ("s a task", "learn_s_per_task", 1.0, 2),
 )

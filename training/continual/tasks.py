@@ -24,6 +24,7 @@ class ContinualTask:
     label_K: Tensor
     test_cls_UD: Tensor
     test_label_U: Tensor
+    label_space: str | None = None  # that of a domain-incremental stream
 
 
 def class_order(num: int, seed: int) -> list[int]:
@@ -31,8 +32,11 @@ def class_order(num: int, seed: int) -> list[int]:
     return [int(k) for k in np.random.RandomState(seed).permutation(num)]
 
 
-def arrange(stream: Stream, features: Sequence[LabelledFeatures], seed: int) -> tuple[ContinualTask, ...]:
-    """The tasks of one run. `features` are those of the stream's sources, in their order."""
+def arrange(
+    stream: Stream, features: Sequence[LabelledFeatures], seed: int, images_per_class: int | None = None
+) -> tuple[ContinualTask, ...]:
+    """The tasks of one run. `features` are those of the stream's sources, in their order; with
+    `images_per_class` a seeded draw of that many training pictures of every class is all there is."""
     if stream.split is not None:
         (whole,) = features
         num_classes = len(whole.labels)
@@ -48,7 +52,19 @@ def arrange(stream: Stream, features: Sequence[LabelledFeatures], seed: int) -> 
         parts = [features[i] for i in _order(stream, len(features), seed)]
     numbers: dict[str, int] = {}
     shared = stream.scenario == "domain-incremental"
-    return tuple(_make_task(part, shared, numbers) for part in parts)
+    tasks = tuple(_make_task(part, shared, numbers, stream.name) for part in parts)
+    if images_per_class is None:
+        return tasks
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(replace(one, train=_draw(one.train, images_per_class, generator)) for one in tasks)
+
+
+def renumber(tasks: Sequence[ContinualTask], first_label: int) -> tuple[ContinualTask, ...]:
+    """The tasks of another stream, with labels that begin at `first_label`."""
+    return tuple(
+        replace(one, label_K=one.label_K + first_label, test_label_U=one.test_label_U + first_label)
+        for one in tasks
+    )
 
 
 def restrict(features: LabelledFeatures, classes: Sequence[int], name: str) -> LabelledFeatures:
@@ -68,7 +84,17 @@ def _order(stream: Stream, num: int, seed: int) -> list[int]:
     return class_order(num, seed) if stream.order == "shuffled" else list(range(num))
 
 
-def _make_task(features: LabelledFeatures, shared: bool, numbers: dict[str, int]) -> ContinualTask:
+def _draw(features: LabelledFeatures, per_class: int, generator: torch.Generator) -> LabelledFeatures:
+    kept = []
+    for k in range(len(features.labels)):
+        rows = (features.label_N == k).nonzero().squeeze(1)
+        kept.append(rows[torch.randperm(len(rows), generator=generator)[:per_class]])
+    return _take(features, torch.cat(kept).sort().values)
+
+
+def _make_task(
+    features: LabelledFeatures, shared: bool, numbers: dict[str, int], stream_name: str
+) -> ContinualTask:
     keys = [label if shared else f"{features.name}/{label}" for label in features.labels]
     label_K = torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
     is_test_N = torch.tensor([split == "test" for split in features.splits])
@@ -81,6 +107,7 @@ def _make_task(features: LabelledFeatures, shared: bool, numbers: dict[str, int]
         label_K=label_K,
         test_cls_UD=test.cls_ND[by_class],
         test_label_U=label_K[test.label_N[by_class]],
+        label_space=stream_name if shared else None,
     )
 
 
