@@ -48,7 +48,7 @@ _TUNING_RUNTIMES = (
     "torch-float32",
     "torch-bfloat16",
     "onnxruntime-float32",
-    "openvino-bfloat16",
+    "openvino-int8",
     "openvino-int8-bfloat16",
 )
 _TUNING_PICTURES, _TUNING_BATCH_SIZE, _TUNING_ROUNDS = 24, 8, 2
