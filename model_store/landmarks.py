@@ -5,15 +5,15 @@ there from the first picture on, has exact leave-one-out predictions, and LuCA h
 """
 # N pictures, B batch, M landmarks, K classes, D features, F = M + D
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-SHARPNESS = 2.0  # similarity exp(SHARPNESS · (cos − 1))
-LINEAR_SHARE = 0.5  # scale of the linear features beside the similarities
-RIDGE = 0.1
+SHARPNESS = 0.5  # similarity exp(SHARPNESS · (cos − 1))
+RIDGES = (0.1, 0.2, 0.5, 1.0, 2.0)  # penalties to choose from, by vectors left out
 _JITTER = 1e-4
 
 
@@ -57,30 +57,47 @@ class LandmarkRidge:
         return similarity_BM @ self.kernel_weight_MK + unit_BD @ self.linear_weight_DK
 
 
-def fit_landmark_ridge(
-    unit_ND: Tensor, label_N: Tensor, num_classes: int, landmark_MD: Tensor
-) -> tuple[LandmarkRidge, Tensor]:
-    """The expert and its exact leave-one-out scores [N, K].
+@dataclass(frozen=True, slots=True)
+class RidgeFit:
+    """The expert with one penalty, and its exact leave-one-out scores `left_out_NK`."""
 
-    Ridge regression onto centred one-hot targets in the features [k(x, landmarks) · k(landmarks)^(−1/2),
-    LINEAR_SHARE · x]; leaving one out follows from the hat matrix.
+    penalty: float
+    expert: LandmarkRidge
+    left_out_NK: Tensor
+
+
+def fit_landmark_ridges(
+    unit_ND: Tensor,
+    label_N: Tensor,
+    num_classes: int,
+    landmark_MD: Tensor,
+    penalties: Sequence[float] = RIDGES,
+) -> list[RidgeFit]:
+    """The expert with each of `penalties`.
+
+    Ridge regression onto centred one-hot targets in the features [k(x, landmarks) · k(landmarks)^(−1/2), x];
+    leaving one out follows from the hat matrix. One decomposition of the features' Gram matrix serves all.
     """
     unit_ND, landmark_MD = unit_ND.double(), landmark_MD.double()
     value_M, vector_MM = torch.linalg.eigh(((landmark_MD @ landmark_MD.T - 1.0) * SHARPNESS).exp())
     whiten_MM = vector_MM * (value_M.clamp_min(0.0) + _JITTER).rsqrt()
     similarity_NM = ((unit_ND @ landmark_MD.T - 1.0) * SHARPNESS).exp()
-    feature_NF = torch.cat([similarity_NM @ whiten_MM, LINEAR_SHARE * unit_ND], dim=1)
+    feature_NF = torch.cat([similarity_NM @ whiten_MM, unit_ND], dim=1)
     target_NK = F.one_hot(label_N, num_classes).double() - 1.0 / num_classes
-    gram_FF = feature_NF.T @ feature_NF
-    gram_FF.diagonal().add_(RIDGE)
-    root_FF = torch.linalg.cholesky(gram_FF)
-    weight_FK = torch.cholesky_solve(feature_NF.T @ target_NK, root_FF)
-    leverage_N = (torch.linalg.solve_triangular(root_FF, feature_NF.T, upper=False) ** 2).sum(dim=0)
-    residual_NK = (target_NK - feature_NF @ weight_FK) / (1.0 - leverage_N).clamp_min(1e-9)[:, None]
+    square_F, direction_FF = torch.linalg.eigh(feature_NF.T @ feature_NF)
+    square_F = square_F.clamp_min(0.0)
+    turned_NF = feature_NF @ direction_FF
+    product_FK = turned_NF.T @ target_NK
     num_landmarks = len(landmark_MD)
-    ridge = LandmarkRidge(
-        landmark_MD.float(),
-        (whiten_MM @ weight_FK[:num_landmarks]).float(),
-        (LINEAR_SHARE * weight_FK[num_landmarks:]).float(),
-    )
-    return ridge, (target_NK - residual_NK).float()
+    fits = []
+    for penalty in penalties:
+        weight_FK = direction_FF @ (product_FK / (square_F + penalty)[:, None])
+        leverage_N = (turned_NF**2) @ (square_F + penalty).reciprocal()
+        residual_NK = (target_NK - feature_NF @ weight_FK) / (1.0 - leverage_N).clamp_min(1e-9)[:, None]
+        expert = LandmarkRidge(
+            landmark_MD.float(),
+            (whiten_MM @ weight_FK[:num_landmarks]).float(),
+            weight_FK[num_landmarks:].float(),
+        )
+        fits.append(RidgeFit(penalty, expert, (target_NK - residual_NK).float()))
+    return fits

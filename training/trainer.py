@@ -18,7 +18,7 @@ from model_store.calibration import (
     negative_log_likelihood,
 )
 from model_store.errors import InvalidDataset
-from model_store.landmarks import Standardisation, fit_landmark_ridge
+from model_store.landmarks import RidgeFit, Standardisation, fit_landmark_ridges
 from model_store.luca import Flow
 from model_store.manifest import ModuleManifest, check_label, check_task_name
 from model_store.module_file import MAX_CALIBRATION_VECTORS, round_weights, write_module
@@ -32,6 +32,7 @@ MIN_IMAGES_FOR_LUCA = 5  # in every class, before LuCA may speak beside the ridg
 MIN_EVIDENCE = 10  # unseen vectors, before weights are fitted at all
 LUCA_MARGIN = 0.005  # nats
 DEFAULT_RIDGE_WEIGHT = 8.0
+DEFAULT_PENALTY = 0.5
 RIDGE_WEIGHT_RANGE = (1.0, 50.0)
 _LUCA_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _RIDGE_SHARES = (0.0, 0.3, 0.5, 0.7, 0.85, 1.0)
@@ -128,14 +129,17 @@ def train_task(
         reader.luca_input(cls_ND), label_N, num_classes, chosen, _generator(seed, 0), flow
     )
     landmark_MD = reader.unit(calibration_MD.float())
-    ridge, ridge_NK = fit_landmark_ridge(reader.unit(cls_ND), label_N, num_classes, landmark_MD)
-    ridge = round_weights(luca, head, ridge)
+    fits = fit_landmark_ridges(reader.unit(cls_ND), label_N, num_classes, landmark_MD)
     if len(val) > 0:
         luca_UK = head(luca(reader.luca_input(features.cls_ND[val])))
-        ridge_UK = ridge.scores(reader.unit(features.cls_ND[val]))
+        fits = [
+            replace(fit, left_out_NK=fit.expert.scores(reader.unit(features.cls_ND[val]))) for fit in fits
+        ]
     else:
         luca_UK = cross_fit(reader.luca_input(cls_ND), label_N, num_classes, chosen, seed, flow)[seen_twice_N]
-        ridge_UK = ridge_NK[seen_twice_N]
+        fits = [replace(fit, left_out_NK=fit.left_out_NK[seen_twice_N]) for fit in fits]
+    fit = choose_ridge(fits, unseen_label_U)
+    ridge, ridge_UK = round_weights(luca, head, fit.expert), fit.left_out_NK
     trusted = len(val) > 0 or int(count_K.min()) >= MIN_IMAGES_FOR_LUCA
     luca_weight, ridge_weight = weigh_experts(
         luca_UK, ridge_UK, unseen_label_U, use_ridge=chosen.standardise, trust_luca=trusted
@@ -183,7 +187,7 @@ def train_task(
         standardised=standardisation is not None,
         luca_weight=luca_weight,
         ridge_weight=ridge_weight,
-        training={**asdict(chosen), "seed": seed, "num_images": len(train)},
+        training={**asdict(chosen), "ridge_penalty": fit.penalty, "seed": seed, "num_images": len(train)},
         metrics=held_out.metrics,
         provenance={
             "data": features.name,
@@ -207,6 +211,23 @@ def check_names(task: str, labels: Sequence[str], label_space: str | None = None
             raise InvalidDataset(f"task {task!r}: {error}") from error
 
 
+def choose_ridge(fits: Sequence[RidgeFit], label_U: Tensor) -> RidgeFit:
+    """The fit whose scores of unseen vectors, in `left_out_NK`, are most truthful at their best weight."""
+    if len(label_U) < MIN_EVIDENCE:
+        return min(fits, key=lambda fit: abs(fit.penalty - DEFAULT_PENALTY))
+    return min(fits, key=lambda fit: _weigh_ridge(fit.left_out_NK, label_U)[1])
+
+
+def _weigh_ridge(ridge_UK: Tensor, label_U: Tensor) -> tuple[float, float]:
+    """(weight with the least negative log-likelihood, that likelihood)"""
+
+    def loss(weight: float) -> float:
+        return negative_log_likelihood(torch.log_softmax(weight * ridge_UK.double(), dim=1), label_U)
+
+    weight = minimise_over_log_scale(loss, *RIDGE_WEIGHT_RANGE)
+    return weight, loss(weight)
+
+
 def weigh_experts(
     luca_UK: Tensor, ridge_UK: Tensor, label_U: Tensor, *, use_ridge: bool, trust_luca: bool
 ) -> tuple[float, float]:
@@ -224,12 +245,12 @@ def weigh_experts(
 
     if len(label_U) < MIN_EVIDENCE:
         return 0.0, DEFAULT_RIDGE_WEIGHT
-    ridge_alone = minimise_over_log_scale(lambda weight: loss(0.0, weight), *RIDGE_WEIGHT_RANGE)
+    ridge_alone, loss_alone = _weigh_ridge(ridge_UK, label_U)
     if not trust_luca:
         return 0.0, ridge_alone
     candidates = [(luca, ridge_alone * share) for luca in _LUCA_WEIGHTS for share in _RIDGE_SHARES]
     best = min(candidates, key=lambda pair: loss(*pair))
-    return best if loss(*best) < loss(0.0, ridge_alone) - LUCA_MARGIN else (0.0, ridge_alone)
+    return best if loss(*best) < loss_alone - LUCA_MARGIN else (0.0, ridge_alone)
 
 
 def cross_fit(
