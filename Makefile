@@ -15,7 +15,7 @@ install: $(VENV)/.installed ## virtual environment with every extra, pinned by c
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,openvino,demo,dev]'
 	touch $@
 
 demo: .tosca/demo.done ## default backbone and two demo tasks, trained on real pictures
@@ -55,7 +55,15 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 	.tosca/docker-tools/bin/python -m pip install --quiet check-jsonschema==0.39.0 kubernetes-validate==1.37.0
 	touch $@
 
-bench: demo ## every benchmark; JSON under benchmarks/results/
+# Other servers to measure against and the load generator: the product's packages lie beneath theirs.
+.tosca/peers/.installed: $(VENV)/.installed benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .tosca/peers
+	.tosca/peers/bin/python -m pip install --quiet --constraint constraints.txt -r benchmarks/peers/requirements.txt
+	echo $(CURDIR)/$(VENV)/lib/python*/site-packages \
+	  > $$(echo .tosca/peers/lib/python*/site-packages)/product.pth
+	touch $@
+
+bench: demo .tosca/peers/.installed ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
 
 soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-ALL = ("registration",)
+ALL = ("registration", "runtimes", "decoding", "features", "serving")
 
 
 def main() -> None:

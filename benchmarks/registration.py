@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _features(backbone: Backbone) -> LabelledFeatures:
-    cache = FeatureCache(DEMO / "cache", backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    cache = FeatureCache(DEMO / "cache", backbone.fingerprint, backbone.variant, backbone.feature_dim)
     features = extract_features(open_source(DEMO / "demo" / "digits"), backbone, cache)
     return replace(features, labels=tuple(f"new {label}" for label in features.labels))
 

@@ -31,6 +31,12 @@ UNUSED = (
     "onnx/test",
     "onnx/backend/test",
     "mpmath/tests",
+    "onnxruntime/transformers",
+    "openvino/include",
+    "openvino/cmake",
+    "openvino/libs/cache.json",  # kernels for the GPU plugin
+    "openvino/libs/libopenvino_intel_[gn]pu_plugin.so",
+    "openvino/libs/libopenvino_[gjpt]*_frontend.so*",  # all frontends but ONNX and OpenVINO's own
 )
 INSTALLERS = ("pip", "setuptools", "wheel", "pkg_resources", "_distutils_hack")
 

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = {"service": ["service"], "trainer": ["training", "demo"]}
+EXTRAS = {"service": ["service", "openvino"], "trainer": ["training", "demo"]}
 
 
 def main(pyproject: Path, folder: Path) -> None:

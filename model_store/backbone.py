@@ -1,11 +1,10 @@
 """The frozen backbone: pixels in, CLS tokens after the final norm out."""
-# B batch, C channels, H height, W width, N tokens, D features
+# B batch, C channels, H height, W width, D features
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from model_store.errors import CorruptStore, InvalidBackbone
 from model_store.preprocess import Preprocessing
+from model_store.runtimes.loading import load_export
+from model_store.runtimes.runtime import Runtime, default_runtime, runtime_kind
+from model_store.runtimes.torch_runtime import load_torch
 from model_store.timm_import import load_timm
-
-Precision = Literal["float32", "bfloat16"]
-_DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class BackboneManifest(BaseModel):
@@ -25,7 +24,7 @@ class BackboneManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     architecture: str = Field(min_length=1, max_length=200)  # a timm model name
     feature_dim: int = Field(gt=0, le=65536)
     preprocessing: Preprocessing
@@ -55,6 +54,18 @@ class BackboneArtefact:
                 f"backbone weights have SHA-256 {digest}, the manifest says {self.manifest.weights_sha256}"
             )
 
+    def model(self) -> nn.Module:
+        """The timm model with these weights, in float32 on the CPU. Raises CorruptStore."""
+        preprocessing = self.manifest.preprocessing
+        model = build_model(self.manifest.architecture, (preprocessing.height, preprocessing.width))
+        try:
+            model.load_state_dict(safetensors.torch.load(self.weights))
+        except RuntimeError as error:
+            raise CorruptStore(
+                f"backbone weights do not fit {self.manifest.architecture!r}: {error}"
+            ) from error
+        return model
+
 
 def build_model(architecture: str, image_size: tuple[int, int] | None = None, **kwargs: Any) -> nn.Module:
     """A timm model without its classifier that keeps the CLS token through the final norm.
@@ -83,42 +94,52 @@ def build_model(architecture: str, image_size: tuple[int, int] | None = None, **
 
 
 class Backbone:
-    """A backbone held on one device. `embed` is deterministic for a batch and safe on one thread."""
+    """A backbone held on one device by one runtime. `embed` is safe on one thread."""
 
     def __init__(
-        self, manifest: BackboneManifest, model: nn.Module, device: torch.device, precision: Precision
+        self, manifest: BackboneManifest, runtime: Runtime, name: str, export_sha256: str = ""
     ) -> None:
+        """`name` is the runtime's; `export_sha256` that of the exported form it runs, if it runs one."""
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
-        self.device = device
-        self.precision = precision
-        dtype = _DTYPE[precision]
-        model.to(device, dtype)
-        # timm's models share this method, but torch's types know nothing of it.
-        self._forward_features: Callable[[Tensor], Tensor] = cast(Any, model).forward_features
-        scale_C11 = 1.0 / (255.0 * torch.tensor(manifest.preprocessing.std, dtype=torch.float32))
-        shift_C11 = torch.tensor(manifest.preprocessing.mean) / torch.tensor(manifest.preprocessing.std)
-        self._scale_C11 = scale_C11.view(-1, 1, 1).to(device)
-        self._shift_C11 = shift_C11.view(-1, 1, 1).to(device)
-        self._dtype = dtype
+        self.runtime_name = name
+        # Two backbones of one fingerprint give close vectors; with equal variants, the same ones.
+        self.variant = f"{name}-{export_sha256[:12]}" if export_sha256 else name
+        self.device = runtime.device
+        self.batch_buckets = runtime.batch_buckets
+        self._runtime = runtime
 
     @classmethod
-    def load(cls, artefact: BackboneArtefact, device: str = "auto", precision: str = "auto") -> "Backbone":
+    def load(
+        cls,
+        artefact: BackboneArtefact,
+        device: str = "auto",
+        runtime: str = "auto",
+        *,
+        export: bytes | None = None,
+        num_threads: int = 0,
+    ) -> "Backbone":
         """Verify the artefact and put it on `device` ("auto": CUDA when there, else CPU).
 
-        `precision` "auto" is bfloat16 on CUDA and float32 on the CPU.
+        `runtime` "auto" is torch in bfloat16 on CUDA and in float32 on the CPU; `backbone_loading` knows
+        what was measured to be faster. A runtime of an engine other than torch needs its `export`.
+        `num_threads` (0: as many as torch has) counts for these engines; torch's own are global.
+
+        Raises CorruptStore and InvalidBackbone.
         """
         artefact.verify()
-        manifest = artefact.manifest
-        size = (manifest.preprocessing.height, manifest.preprocessing.width)
-        model = build_model(manifest.architecture, size)
-        state = safetensors.torch.load(artefact.weights)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise CorruptStore(f"backbone weights do not fit {manifest.architecture!r}: {error}") from error
         chosen = resolve_device(device)
-        return cls(manifest, model, chosen, resolve_precision(precision, chosen))
+        kind = runtime_kind(default_runtime(chosen) if runtime == "auto" else runtime)
+        if (reason := kind.unavailable_on(chosen)) is not None:
+            raise InvalidBackbone(f"runtime {kind.name} is not available: {reason}")
+        if kind.export is None:
+            preprocessing = artefact.manifest.preprocessing
+            loaded: Runtime = load_torch(artefact.model(), preprocessing, kind.precision, chosen)
+            return cls(artefact.manifest, loaded, kind.name)
+        if export is None:
+            raise InvalidBackbone(f"runtime {kind.name} needs an exported form: run `tosca backbone tune`")
+        loaded = load_export(kind, export, num_threads or torch.get_num_threads())
+        return cls(artefact.manifest, loaded, kind.name, hashlib.sha256(export).hexdigest())
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -128,13 +149,14 @@ class Backbone:
     def feature_dim(self) -> int:
         return self.manifest.feature_dim
 
-    @torch.inference_mode()
+    @property
+    def precision(self) -> str:
+        """The number format of the matrix products."""
+        return runtime_kind(self.runtime_name).precision
+
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, D] float32 CLS vectors, after the final norm, of [B, 3, H, W] uint8 pixels."""
-        pixels_BCHW = pixels_BCHW.to(self.device, non_blocking=True).float()
-        pixels_BCHW = pixels_BCHW * self._scale_C11 - self._shift_C11
-        tokens_BND = self._forward_features(pixels_BCHW.to(self._dtype))
-        return tokens_BND[:, 0].float()
+        return self._runtime.embed(pixels_BCHW)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -147,11 +169,3 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InvalidBackbone(f"device {device!r} was asked for, but torch sees no CUDA device")
     return chosen
-
-
-def resolve_precision(precision: str, device: torch.device) -> Precision:
-    if precision == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
-    if precision not in ("float32", "bfloat16"):
-        raise InvalidBackbone(f"unknown precision {precision!r}: expected auto, float32 or bfloat16")
-    return cast(Precision, precision)

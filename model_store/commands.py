@@ -30,6 +30,7 @@ from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
 from model_store.sign_commands import read_signature, sign
 from model_store.store import ModelStore, Revision, without_task
+from model_store.tune_command import backbone_tune
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
 backbone_app = typer.Typer(no_args_is_help=True, help="The frozen backbone of a store.")
@@ -39,6 +40,8 @@ app.add_typer(backbone_app, name="backbone")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(revisions_app, name="revisions")
 app.command()(sign)
+
+backbone_app.command("tune")(backbone_tune)
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from model_store.runtimes.runtime import RUNTIMES
+
 Choice = TypeVar("Choice", bound=str)
 DEFAULT_STORE = ".tosca/store"
 
@@ -19,8 +21,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for machine
 DeviceOption = Annotated[
     str, typer.Option("--device", envvar="TOSCA_DEVICE", help="auto, cpu, cuda or cuda:N.")
 ]
-PrecisionOption = Annotated[
-    str, typer.Option("--precision", envvar="TOSCA_PRECISION", help="auto, float32 or bfloat16.")
+RuntimeOption = Annotated[
+    str,
+    typer.Option(
+        "--runtime",
+        envvar="TOSCA_RUNTIME",
+        help=f"auto (the one that `tosca backbone tune` chose), {', '.join(RUNTIMES)}.",
+    ),
 ]
 
 # No markup: task names, labels, reasons and paths are printed as they are, brackets and all.

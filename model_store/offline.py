@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from model_store.answers import Answer
-from model_store.backbone import Backbone
+from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.decoding import ImageLimits
+from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
 from model_store.selection import Selection
 from model_store.store import ModelStore
@@ -24,12 +25,12 @@ class OfflinePredictor:
         *,
         revision: int | None = None,
         device: str = "auto",
-        precision: str = "auto",
+        runtime: str = "auto",
         limits: ImageLimits | None = None,
     ) -> None:
         head = store.require_head() if revision is None else store.revision(revision)
         self.limits = limits or ImageLimits()
-        self.backbone = Backbone.load(store.backbone(head.backbone_fingerprint), device, precision)
+        self.backbone = load_backbone(store, head.backbone_fingerprint, device=device, runtime=runtime)
         self.bank: ModuleBank = Publisher(store, self.backbone.device, revision=revision).active.bank
 
     def answer(

@@ -5,26 +5,26 @@ and standard deviation the backbone was trained with. Pixels stay uint8 until th
 """
 # C channels (3), H height, W width
 
-import io
 import math
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+from model_store.decoding import DECODING, ImageLimits, decode_image
+from model_store.errors import ImageTooLarge
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-_WHITE = (255, 255, 255, 255)
+# A JPEG reduced inside its decoder keeps at least so many times the pixels that resizing leaves of a side
+# (docs/decisions/0002-reduced-decoding.md has the cosines that chose it).
+REDUCING_GAP = 2
 
 
 class Preprocessing(BaseModel):
@@ -38,54 +38,12 @@ class Preprocessing(BaseModel):
     interpolation: Literal["bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    decoding: Literal[2] = DECODING
 
-
-@dataclass(frozen=True, slots=True)
-class ImageLimits:
-    """Bounds checked from the header, before a pixel is decoded."""
-
-    max_bytes: int = 32 * 2**20
-    max_pixels: int = 64_000_000
-
-
-def decode_image(data: bytes, limits: ImageLimits) -> Image.Image:
-    """An upright RGB picture; transparency is laid on white, of an animation the first frame is taken.
-
-    Raises ImageTooLarge, UnsupportedImageFormat or InvalidImage.
-    """
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(f"image has {len(data)} bytes, the limit is {limits.max_bytes}")
-    if not data:
-        raise InvalidImage("image is empty: expected the bytes of a picture")
-    # Pillow's parsers raise whatever a hostile file provokes, from SyntaxError to struct.error: anything
-    # that goes wrong while reading somebody's bytes is a fault of those bytes.
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageTooLarge(f"image declares too many pixels, the limit is {limits.max_pixels}") from error
-    except UnidentifiedImageError as error:
-        raise UnsupportedImageFormat(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
-    except Exception as error:
-        raise InvalidImage(f"image cannot be read: {error}") from error
-    if image.width * image.height > limits.max_pixels:
-        raise ImageTooLarge(f"image is {image.width}×{image.height} pixels, the limit is {limits.max_pixels}")
-    try:
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:
-        raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":  # 16-bit PNGs may open as 32-bit integers
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise InvalidImage("floating-point pixels have no defined white")
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
-    return image.convert("RGB")
+    @property
+    def resized_side(self) -> int:
+        """The most pixels a picture's shorter side has after resizing, before the crop."""
+        return math.floor(max(self.height, self.width) / self.crop_fraction)
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
@@ -114,4 +72,5 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
 
 def load_pixels(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
     """Picture bytes to [3, H, W] uint8 pixels."""
-    return to_pixels(decode_image(data, limits), preprocessing, limits)
+    image = decode_image(data, limits, min_side=REDUCING_GAP * preprocessing.resized_side)
+    return to_pixels(image, preprocessing, limits)

@@ -82,7 +82,7 @@ def replay(
     task: str | None = None,
     top_k: int = 5,
     device: str = "auto",
-    precision: str = "auto",
+    runtime: str = "auto",
 ) -> Answer:
     """The answer of the revision in a receipt. Raises UnknownRevision, InvalidImage, InvalidRequest."""
     revision = store.revision(receipt.revision)
@@ -91,7 +91,7 @@ def replay(
             f"the receipt names backbone {receipt.backbone_fingerprint[:12]}…, but revision "
             f"{receipt.revision} of {store.url} has {revision.backbone_fingerprint[:12]}…"
         )
-    predictor = OfflinePredictor(store, revision=receipt.revision, device=device, precision=precision)
+    predictor = OfflinePredictor(store, revision=receipt.revision, device=device, runtime=runtime)
     return predictor.answer([picture], selection=selection, task=task, top_k=top_k)[0]
 
 

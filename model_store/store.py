@@ -1,6 +1,8 @@
 """The model store: content-addressed files plus a log of immutable revisions. The directory is the database.
 
     backbones/<fingerprint>/{manifest.json,weights.safetensors}
+    backbones/<fingerprint>/exports/<sha256>.onnx
+    backbones/<fingerprint>/tunings/<number>.json
     modules/<sha256>.safetensors
     signatures/<sha256>/<key id>.json
     revisions/<number>.json
@@ -33,6 +35,7 @@ from model_store.errors import (
 from model_store.manifest import Sha256, TaskName
 from model_store.object_files import Files, ObjectFiles
 from model_store.signatures import Signature
+from model_store.tuning import Tuning
 
 Reason = Annotated[str, Field(max_length=1000)]
 _DIGITS = 12
@@ -113,6 +116,43 @@ class ModelStore:
                 found.append(self.backbone_manifest(fingerprint))
         return found
 
+    # -- runtimes ------------------------------------------------------------------------------------
+
+    def put_tuning(self, tuning: Tuning, export: bytes | None) -> int:
+        """Keep what was measured of a backbone's runtimes, after the exported form it chose; its number.
+
+        Tunings are a log, as revisions are: the newest of a kind of hardware counts.
+        """
+        folder = f"backbones/{tuning.backbone_fingerprint}"
+        if export is not None:
+            self._files.put_new(f"{folder}/exports/{hashlib.sha256(export).hexdigest()}.onnx", export)
+        data = tuning.model_dump_json(indent=2).encode()
+        number = self._newest(f"{folder}/tunings") + 1
+        while not self._files.put_new(_numbered(f"{folder}/tunings", number), data):
+            number += 1  # another machine tuned meanwhile; both records stay
+        return number
+
+    def tuning(self, fingerprint: str, hardware: str) -> Tuning | None:
+        """The newest tuning of a backbone on a kind of hardware."""
+        folder = f"backbones/{fingerprint}/tunings"
+        for number in range(self._newest(folder), 0, -1):
+            path = _numbered(folder, number)
+            try:
+                tuning = Tuning.model_validate_json(self._files.get(path) or b"")
+            except ValidationError as error:
+                raise CorruptStore(f"{path} is no tuning: {error}") from error
+            if tuning.hardware == hardware:
+                return tuning
+        return None
+
+    def export(self, fingerprint: str, sha256: str) -> bytes:
+        """An exported form of a backbone, verified against its name."""
+        data = self._files.get(f"backbones/{fingerprint}/exports/{sha256}.onnx")
+        if data is None:
+            raise UnknownBackbone(f"store {self.url} holds no export {sha256} of backbone {fingerprint}")
+        _check_digest(f"export {sha256}", data, sha256)
+        return data
+
     # -- modules -------------------------------------------------------------------------------------
 
     def put_module(self, data: bytes) -> str:
@@ -126,9 +166,7 @@ class ModelStore:
         data = self._files.get(f"modules/{sha256}.safetensors")
         if data is None:
             raise UnknownModule(f"store {self.url} holds no module {sha256}")
-        digest = hashlib.sha256(data).hexdigest()
-        if digest != sha256:
-            raise CorruptStore(f"module {sha256} reads back with SHA-256 {digest}")
+        _check_digest(f"module {sha256}", data, sha256)
         return data
 
     # -- signatures ----------------------------------------------------------------------------------
@@ -155,8 +193,12 @@ class ModelStore:
         return self.revision(number) if number else None
 
     def head_number(self, known: int = 0) -> int:
+        return self._newest("revisions", known)
+
+    def _newest(self, folder: str, known: int = 0) -> int:
+        """The largest number among a log's files, 0 when it is empty."""
         newest = known
-        for name in self._files.names("revisions", after=_revision_path(known) if known else None):
+        for name in self._files.names(folder, after=_numbered(folder, known) if known else None):
             stem, _, suffix = name.partition(".")
             if suffix == "json" and stem.isdecimal() and stem.isascii():
                 newest = max(newest, int(stem))
@@ -268,7 +310,17 @@ def without_task(task: str) -> Callable[[Revision], Mapping[str, str]]:
 
 
 def _revision_path(number: int) -> str:
-    return f"revisions/{number:0{_DIGITS}d}.json"
+    return _numbered("revisions", number)
+
+
+def _numbered(folder: str, number: int) -> str:
+    return f"{folder}/{number:0{_DIGITS}d}.json"
+
+
+def _check_digest(name: str, data: bytes, sha256: str) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise CorruptStore(f"{name} reads back with SHA-256 {digest}")
 
 
 def _default_author() -> str:

@@ -12,6 +12,7 @@ from starlette.datastructures import State
 from starlette.types import Lifespan
 
 from model_store.backbone import Backbone
+from model_store.backbone_loading import load_backbone
 from model_store.publishing import Publisher
 from model_store.signatures import Trust
 from model_store.store import ModelStore
@@ -131,10 +132,14 @@ def _load(
     settings: Settings, backbone: Backbone | None, store: ModelStore | None, audit: AuditLog
 ) -> tuple[Engine, TaskRegistry]:
     store = store or ModelStore(settings.store)
-    head = store.require_head()
     if backbone is None:
-        artefact = store.backbone(head.backbone_fingerprint)
-        backbone = Backbone.load(artefact, settings.device, settings.precision)
+        backbone = load_backbone(
+            store,
+            store.require_head().backbone_fingerprint,
+            device=settings.device,
+            runtime=settings.runtime,
+            num_threads=settings.torch_threads,
+        )
     trust = Trust.nobody()
     if settings.trusted_signers is not None:
         trust = Trust.read(settings.trusted_signers, is_required=settings.require_signature)

@@ -11,7 +11,7 @@ from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
     JsonOption,
-    PrecisionOption,
+    RuntimeOption,
     StoreOption,
     choose,
     print_json,
@@ -42,7 +42,9 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [TOSCA_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [TOSCA_PORT].")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [TOSCA_DEVICE].")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 [TOSCA_PRECISION].")] = None,
+    runtime: Annotated[
+        str | None, typer.Option(help="auto (the tuned one) or its name [TOSCA_RUNTIME].")
+    ] = None,
 ) -> None:
     """Serve a store over HTTP. Every other limit is a TOSCA_* environment variable.
 
@@ -50,7 +52,7 @@ def serve(
     """
     from service.server import serve as run
 
-    given = {"store": store, "host": host, "port": port, "device": device, "precision": precision}
+    given = {"store": store, "host": host, "port": port, "device": device, "runtime": runtime}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     ModelStore(settings.store).require_head()  # a clear error before a server log
     run(settings)
@@ -77,7 +79,7 @@ def predict(
         str | None, typer.Option(envvar="TOSCA_API_KEY", help="API key for the server; better as variable.")
     ] = None,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -92,7 +94,7 @@ def predict(
         query = {name: value for name, value in query.items() if value is not None}
         answers = _ask(server, key, data, query)
     else:
-        predictor = OfflinePredictor(ModelStore(store), device=device, precision=precision)
+        predictor = OfflinePredictor(ModelStore(store), device=device, runtime=runtime)
         answers = [
             asdict(one)
             for one in predictor.answer(

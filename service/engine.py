@@ -1,6 +1,7 @@
 """From pictures to answers: decode in a bounded pool, then one thread that owns the device.
 
     admission → decode + preprocess (pool) → queue → inference thread: backbone once, bank answers
+                └── CLS vector known: bank answers, on the pool
 
 Batching is work-conserving: whenever the device is idle it takes what is waiting, up to the batch size.
 Every waiter gets an answer or an exception; a request that left is dropped before it costs a pass; one
@@ -29,6 +30,7 @@ from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
 from service.admission import DrainRate
+from service.cls_cache import ClsCache
 from service.errors import (
     DeadlineExceeded,
     DeviceOutOfMemory,
@@ -53,10 +55,24 @@ class Question:
     coverage: float | None = None
     abstain_level: float = 0.0
 
+    def answer(self, cls_BD: Tensor) -> list[Answer]:
+        """What the bank answers, whether a pass or a cache gave the vectors."""
+        return self.bank.answer(
+            cls_BD,
+            selection=self.selection,
+            task=self.task,
+            top_k=self.top_k,
+            coverage=self.coverage,
+            abstain_level=self.abstain_level,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch."""
+    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch.
+
+    `batch_size` is the number of pictures in the pass, 0 for a picture whose CLS vector was known.
+    """
 
     decode_s: float
     queue_s: float
@@ -69,12 +85,14 @@ class Timings:
 class TimedAnswer:
     answer: Answer
     timings: Timings
+    cls_D: Tensor  # float32, on the CPU
 
 
 @dataclass(slots=True)
 class _Entry:
     """One picture waiting for the device."""
 
+    key: bytes  # in the CLS cache
     pixels: Tensor
     question: Question
     decode_s: float
@@ -91,6 +109,7 @@ class Engine:
         self._settings = settings
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
+        self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -142,9 +161,13 @@ class Engine:
             )
 
     async def answer(
-        self, pictures: Sequence[bytes], question: Question, timeout_s: float | None = None
+        self,
+        pictures: Sequence[bytes] | Tensor,
+        question: Question,
+        timeout_s: float | None = None,
     ) -> list[TimedAnswer]:
-        """Answer encoded pictures in order, within `timeout_s` or the default. Called on the event loop.
+        """Answer encoded pictures, or [B, D] float32 CLS vectors, in order, within `timeout_s` or the
+        default. Called on the event loop.
 
         Raises Overloaded, ShuttingDown, EngineStopped, DeadlineExceeded, InvalidImage and UnknownTask.
         Cancelling the call takes its pictures out of the queue.
@@ -168,45 +191,69 @@ class Engine:
             self._drain.leave(len(pictures), is_answered=is_answered)
 
     async def _answer_admitted(
-        self, pictures: Sequence[bytes], question: Question, timeout_s: float
+        self, pictures: Sequence[bytes] | Tensor, question: Question, timeout_s: float
     ) -> list[TimedAnswer]:
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        decoded = await asyncio.gather(
-            *(loop.run_in_executor(self._decoders, self._decode, data) for data in pictures),
+        if isinstance(pictures, Tensor):
+            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question, 0.0)
+        prepared = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._decoders, self._prepare, one, question, deadline)
+                for one in pictures
+            ),
             return_exceptions=True,
         )
-        entries = []
-        for i, one in enumerate(decoded):
+        for i, one in enumerate(prepared):
             if isinstance(one, BaseException):
                 if isinstance(one, ToscaError) and len(pictures) > 1:
                     raise type(one)(f"picture {i}: {one}") from one
                 raise one
-            pixels, decode_s = one
-            entries.append(_Entry(pixels, question, decode_s, deadline))
+        entries = [one for one in prepared if isinstance(one, _Entry)]
         for entry in entries:
             self._queue.put(entry)
         if self._has_died:
             self._fail_waiting()  # the thread may have died before these were queued
         try:
-            return list(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
+            computed = iter(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
                 entry.future.cancel()
+        return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
-    def _decode(self, data: bytes) -> tuple[Tensor, float]:
+    # -- the decode pool -----------------------------------------------------------------------------
+
+    def _prepare(self, data: bytes, question: Question, deadline: float) -> "_Entry | TimedAnswer":
+        """A picture ready for the device, or its answer where its CLS vector is known."""
         started = time.monotonic()
+        key = self.cache.key(data)
+        if (cls_D := self.cache.get(key)) is not None:
+            return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
         pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
-        return pixels, time.monotonic() - started
+        return _Entry(key, pixels, question, time.monotonic() - started, deadline)
+
+    def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
+        """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
+        started = time.monotonic()
+        answers = question.answer(cls_BD)
+        for answer in answers:
+            _check_finite(answer)
+        timings = Timings(decode_s, 0.0, 0.0, time.monotonic() - started, batch_size=0)
+        return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
     # -- the inference thread ------------------------------------------------------------------------
 
     def _warm_up(self) -> None:
         size = (3, self.backbone.preprocessing.height, self.backbone.preprocessing.width)
-        for batch_size in sorted({1, self.max_batch_size}):
+        for batch_size in self._warm_sizes():
             started = time.monotonic()
             self.backbone.embed(torch.zeros((batch_size, *size), dtype=torch.uint8)).cpu()
             self._drain = DrainRate((time.monotonic() - started) / batch_size)
+
+    def _warm_sizes(self) -> list[int]:
+        """Batch sizes whose first pass would be slow: the runtime's buckets, else powers of two."""
+        buckets = self.backbone.batch_buckets or tuple(2**i for i in range(self.max_batch_size.bit_length()))
+        return sorted({size for size in buckets if size < self.max_batch_size} | {self.max_batch_size})
 
     def _run(self) -> None:
         batch: list[_Entry] | None = []
@@ -265,9 +312,7 @@ class Engine:
         when the device is out of memory, else one by one, so that only the guilty picture fails."""
         started = time.monotonic()
         try:
-            cls_BD = self.backbone.embed(torch.stack([entry.pixels for entry in live]))
-            if cls_BD.is_cuda:
-                torch.cuda.synchronize(cls_BD.device)
+            cls_BD = self._embed(live)
         except torch.OutOfMemoryError as error:
             size = -(-len(live) // 2)
             fault: Exception = DeviceOutOfMemory(f"the device is out of memory: {error}", self.drain_s)
@@ -289,20 +334,25 @@ class Engine:
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
             self._answer_group(live, list(group), cls_BD, started, backbone_s)
 
+    def _embed(self, live: list[_Entry]) -> Tensor:
+        """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
+        another batch computed while this one was waiting."""
+        known = {entry.key: self.cache.peek(entry.key) for entry in live}
+        missing = {entry.key: entry.pixels for entry in live if known[entry.key] is None}
+        if missing:
+            fresh_BD = self.backbone.embed(torch.stack(list(missing.values()))).cpu()
+            for key, cls_D in zip(missing, fresh_BD, strict=True):
+                known[key] = cls_D
+                self.cache.put(key, cls_D)
+        return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
+
     def _answer_group(
         self, live: list[_Entry], rows: list[int], cls_BD: Tensor, started: float, backbone_s: float
     ) -> None:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers = question.bank.answer(
-                cls_BD[rows],
-                selection=question.selection,
-                task=question.task,
-                top_k=question.top_k,
-                coverage=question.coverage,
-                abstain_level=question.abstain_level,
-            )
+            answers = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
@@ -310,13 +360,13 @@ class Engine:
         selection_s = time.monotonic() - answering
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
-            if not _is_finite(answer):
-                entry.future.set_exception(
-                    NotFinite(f"module {answer.receipt.module_sha256[:12]}… gives no number for this picture")
-                )
+            try:
+                _check_finite(answer)
+            except NotFinite as fault:
+                entry.future.set_exception(fault)
                 continue
             timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
-            entry.future.set_result(TimedAnswer(answer, timings))
+            entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
 
 
 def _group_key(question: Question) -> tuple[int, str, str, int, float]:
@@ -325,10 +375,14 @@ def _group_key(question: Question) -> tuple[int, str, str, int, float]:
     return question.bank.revision, question.selection, question.task or "", question.top_k, coverage
 
 
-def _is_finite(answer: Answer) -> bool:
+def _check_finite(answer: Answer) -> None:
+    """Raises NotFinite when one of an answer's probabilities is no number."""
+    listed = (*answer.alternatives, *(answer.prediction_set or ()))
     probabilities = (
         answer.confidence,
         answer.task_probability,
-        *(one.probability for one in answer.alternatives),
+        answer.p_value,
+        *(one.probability for one in listed),
     )
-    return all(math.isfinite(one) for one in probabilities)
+    if not all(math.isfinite(one) for one in probabilities):
+        raise NotFinite(f"module {answer.receipt.module_sha256[:12]}… gives no number for this picture")

@@ -4,17 +4,22 @@ import asyncio
 import binascii
 from typing import TypeVar
 
+import torch
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from torch import Tensor
 
-from model_store.errors import ImageTooLarge, InvalidRequest
+from model_store.backbone import Backbone
+from model_store.errors import Conflict, ImageTooLarge, InvalidRequest
 from model_store.signatures import Signature
 from service.bodies import media_type_of
 from service.errors import UnsupportedMediaType
 from service.schemas import PredictRequest, StoredModule
 
+# CLS vectors leave a layer norm: their numbers are of the order of ten.
+MAX_CLS_VALUE = 1e4
 Body = TypeVar("Body", bound=BaseModel)
 # What `curl --data-binary` sends unless told otherwise, and no content type at all, count as raw bytes.
 BINARY_TYPES = ("application/octet-stream", "application/x-www-form-urlencoded", "")
@@ -22,8 +27,9 @@ _BASE64_SLICE = 4 * 2**18  # characters; a multiple of four
 _MAX_FIELDS = 8
 
 
-async def read_pictures(request: Request, max_images: int) -> PredictRequest | list[bytes]:
-    """The pictures of a prediction request: a list of bytes, or the parsed JSON form.
+async def read_pictures(request: Request, max_images: int, feature_dim: int) -> PredictRequest | list[bytes]:
+    """The pictures of a prediction request: a list of bytes, or the parsed JSON form, which may hold
+    `max_images` pictures or as many vectors of `feature_dim` numbers.
 
     Raises InvalidRequest, BodyTooLarge and UnsupportedMediaType.
     """
@@ -31,7 +37,7 @@ async def read_pictures(request: Request, max_images: int) -> PredictRequest | l
     if media_type == "multipart/form-data":
         return await _uploads(request, max_images)
     if media_type == "application/json":
-        return await _json(request, PredictRequest, max_images)
+        return await _json(request, PredictRequest, max_images * (feature_dim + 1))
     if media_type.startswith("image/") or media_type in BINARY_TYPES:
         return [await _raw(request)]
     raise UnsupportedMediaType(
@@ -65,6 +71,25 @@ def _from_base64(i: int, text: str) -> bytes:
     except ValueError as error:  # binascii.Error is one
         raise InvalidRequest(f"images.{i} is not base64: {error}") from error
     return bytes(picture)
+
+
+def read_cls(body: PredictRequest, backbone: Backbone) -> Tensor:
+    """[B, D] float32 CLS vectors that a client kept.
+
+    Raises Conflict when another backbone computed them and InvalidRequest when they cannot be CLS vectors.
+    """
+    if body.backbone_fingerprint != backbone.fingerprint:
+        raise Conflict(
+            f"the CLS vectors were computed by backbone {body.backbone_fingerprint}, "
+            f"this service runs {backbone.fingerprint}: send the pictures"
+        )
+    vectors = body.cls or []
+    for i, vector in enumerate(vectors):
+        if len(vector) != backbone.feature_dim:
+            raise InvalidRequest(f"cls.{i} has {len(vector)} numbers, expected {backbone.feature_dim}")
+        if max(abs(value) for value in vector) > MAX_CLS_VALUE:
+            raise InvalidRequest(f"cls.{i} has a number beyond ±{MAX_CLS_VALUE:g}, which no CLS vector has")
+    return torch.tensor(vectors, dtype=torch.float32)
 
 
 async def read_module_body(request: Request) -> bytes | StoredModule:

@@ -11,7 +11,7 @@ from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
     JsonOption,
-    PrecisionOption,
+    RuntimeOption,
     StoreOption,
     choose,
     out,
@@ -32,7 +32,7 @@ def replay(
     selection: Annotated[str, typer.Option(help=f"As asked for: {', '.join(SELECTIONS)}.")] = "lda",
     top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -50,7 +50,7 @@ def replay(
         task=task,
         top_k=max(top_k, len(given.answer.alternatives) + 1) if given.answer else top_k,
         device=device,
-        precision=precision,
+        runtime=runtime,
     )
     found = differences(given.answer, answer) if given.answer else []
     if json:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from model_store.answers import Answer
 from model_store.impact import ImpactReport, TaskHealth
@@ -25,15 +25,31 @@ class Strict(BaseModel):
 
 
 class PredictRequest(Strict):
-    """The JSON form of a prediction request."""
+    """The JSON form of a prediction request: pictures, or CLS vectors kept from earlier answers."""
 
-    images: list[str] = Field(description="Pictures, base64.", min_length=1, examples=[[_PICTURE]])
+    images: list[str] | None = Field(
+        None, description="Pictures, base64.", min_length=1, examples=[[_PICTURE]]
+    )
+    cls: list[list[FiniteFloat]] | None = Field(
+        None, description="CLS vectors of pictures, as an answer with `return_cls` gave them.", min_length=1
+    )
+    backbone_fingerprint: str | None = Field(
+        None, description="The backbone that computed `cls`; another one's vectors mean nothing here."
+    )
     task: str | None = Field(None, description="Let this task answer instead of choosing one.")
     top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
     selection: Selection | None = Field(None, description="How the task is chosen.")
     coverage: float | None = Field(
         None, gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
     )
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "PredictRequest":
+        if (self.images is None) == (self.cls is None):
+            raise ValueError("give either images or cls")
+        if (self.cls is None) != (self.backbone_fingerprint is None):
+            raise ValueError("cls and backbone_fingerprint go together")
+        return self
 
 
 class ReceiptOut(Strict):
@@ -88,16 +104,25 @@ class StageTimings(Strict):
 
 
 class PredictResponse(Strict):
-    """One prediction for each picture, in order; `timings` when asked for."""
+    """One prediction for each picture, in order; `timings` and `cls` when asked for."""
 
     predictions: list[Prediction]
     timings: list[StageTimings] | None = None
+    cls: list[list[float]] | None = Field(
+        None, description="CLS vectors of the pictures; send them back in place of the pictures."
+    )
+    backbone_fingerprint: str | None = Field(None, description="What `cls` was computed by.")
 
     @classmethod
-    def of(cls, answers: list[TimedAnswer], *, timings: bool) -> "PredictResponse":
+    def of(
+        cls, answers: list[TimedAnswer], *, timings: bool = False, cls_of: str | None = None
+    ) -> "PredictResponse":
+        """`cls_of`: the fingerprint to give the CLS vectors out with."""
         return cls(
             predictions=[Prediction.of(one.answer) for one in answers],
             timings=[_stage_timings(one) for one in answers] if timings else None,
+            cls=[one.cls_D.tolist() for one in answers] if cls_of else None,
+            backbone_fingerprint=cls_of,
         )
 
 
@@ -228,7 +253,7 @@ class Ready(Strict):
     backbone: str = Field(examples=["vit_base_patch16_clip_quickgelu_224"])
     backbone_fingerprint: str = Field(examples=[_SHA])
     device: str = Field(examples=["cpu"])
-    precision: str = Field(examples=["float32"])
+    runtime: str = Field(examples=["torch-float32"])
     staleness_s: float = Field(description="Seconds since the store was last read.")
     is_stale: bool = Field(description="Others may have published what is not served here.")
     store_fault: str | None = Field(None, description="Why the store could not be read the last time.")

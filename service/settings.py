@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.console import DEFAULT_STORE
-from model_store.preprocess import ImageLimits
+from model_store.decoding import ImageLimits
 from model_store.publishing import DEFAULT_MARGIN
 
 DEFAULT_ABSTAIN_LEVEL = 0.01
@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         None, ge=0, le=65535, description="Port of its own for changes of the tasks; without: all on one."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    precision: str = Field("auto", description="auto, float32 or bfloat16.")
+    runtime: str = Field("auto", description="auto (the tuned one) or a name of `tosca backbone tune`.")
 
     tls_certificate: Path | None = Field(None, description="Certificate chain, PEM: serve HTTPS.")
     tls_key: Path | None = Field(None, description="Its private key, PEM, not encrypted.")
@@ -99,6 +99,10 @@ class Settings(BaseSettings):
     shutdown_timeout_s: float = Field(30.0, gt=0.0, description="Longest drain after SIGTERM.")
     stall_after_s: float = Field(
         120.0, gt=0.0, description="A pass longer than this fails the liveness check."
+    )
+
+    cls_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
     exit_when_dead: bool = Field(

@@ -12,7 +12,8 @@ import torch
 
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.decoding import ImageLimits
+from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
 from model_store.replay import GivenAnswer, differences
 from model_store.store import ModelStore

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import write_splits
 from synthetic import DEMO_STORE, make_features
 
 from model_store.backbone import Backbone, BackboneArtefact
 from model_store.backbone_sources import from_timm
+from model_store.measuring import Plan, Tuned, tune
+from model_store.parity import LabelledPixels, read_labelled
 from model_store.store import ModelStore
 from training.trainer import train_task
 
@@ -30,6 +33,19 @@ def tiny_artefact() -> BackboneArtefact:
 @pytest.fixture(scope="session")
 def tiny_backbone(tiny_artefact: BackboneArtefact) -> Backbone:
     return Backbone.load(tiny_artefact, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def labelled_pixels(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Backbone) -> LabelledPixels:
+    """Twelve pictures of the task "birds" in three classes."""
+    folder = write_splits(tmp_path_factory.mktemp("birds"), train=4)
+    return read_labelled({"birds": folder}, tiny_backbone.preprocessing, 12)
+
+
+@pytest.fixture(scope="session")
+def tiny_tuned(tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels) -> Tuned:
+    """The tiny backbone with ONNX Runtime measured alone, and so chosen; the export takes seconds."""
+    return tune(tiny_artefact, labelled_pixels, Plan(("onnxruntime-float32",), "cpu", (1, 2), num_rounds=1))
 
 
 @pytest.fixture

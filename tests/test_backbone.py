@@ -14,7 +14,7 @@ import torch
 from pictures import encoded, noise
 from synthetic import DEMO_PICTURES
 
-from model_store.backbone import Backbone, BackboneArtefact, build_model, resolve_device, resolve_precision
+from model_store.backbone import Backbone, BackboneArtefact, build_model, resolve_device
 from model_store.backbone_sources import (
     CLIP_MEMBER,
     CLIP_PREPROCESSING,
@@ -23,9 +23,11 @@ from model_store.backbone_sources import (
     from_clip_wheel,
     from_timm,
 )
+from model_store.decoding import ImageLimits
 from model_store.errors import CorruptStore, InvalidBackbone
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
+from model_store.runtimes.runtime import default_runtime
 from model_store.store import ModelStore
 from model_store.timm_import import load_timm
 
@@ -80,8 +82,8 @@ def test_embedding_is_deterministic(tiny_artefact: BackboneArtefact, tiny_backbo
 
 def test_bfloat16_stays_near_float32(tiny_artefact: BackboneArtefact, tiny_backbone: Backbone) -> None:
     pixels_BCHW = random_pixels(4, 32)
-    rough = Backbone.load(tiny_artefact, "cpu", "bfloat16")
-    assert rough.precision == "bfloat16"
+    rough = Backbone.load(tiny_artefact, "cpu", "torch-bfloat16")
+    assert (rough.runtime_name, rough.precision) == ("torch-bfloat16", "bfloat16")
     cls_BD = rough.embed(pixels_BCHW)
     assert cls_BD.dtype == torch.float32
     assert (torch.cosine_similarity(cls_BD, tiny_backbone.embed(pixels_BCHW)) > 0.99).all()
@@ -143,12 +145,16 @@ def test_cuda_is_refused_where_there_is_none() -> None:
     assert resolve_device("auto").type == "cpu"
 
 
-def test_precision_follows_the_device_unless_named() -> None:
-    assert resolve_precision("auto", torch.device("cpu")) == "float32"
-    assert resolve_precision("auto", torch.device("cuda")) == "bfloat16"
-    assert resolve_precision("float32", torch.device("cuda")) == "float32"
-    with pytest.raises(InvalidBackbone, match="unknown precision 'int8'"):
-        resolve_precision("int8", torch.device("cpu"))
+def test_the_runtime_follows_the_device_unless_measured_or_named() -> None:
+    assert default_runtime(torch.device("cpu")) == "torch-float32"
+    assert default_runtime(torch.device("cuda")) == "torch-bfloat16"
+
+
+def test_an_unknown_runtime_is_refused(tiny_artefact: BackboneArtefact) -> None:
+    with pytest.raises(
+        InvalidBackbone, match="unknown runtime 'int8': expected auto or one of torch-float32"
+    ):
+        Backbone.load(tiny_artefact, "cpu", "int8")
 
 
 # -- artefacts ---------------------------------------------------------------------------------------

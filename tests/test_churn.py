@@ -63,7 +63,7 @@ def test_one_minute_of_churn_on_the_real_backbone(
 
 def _variants(backbone: Backbone, folder: Path) -> dict[str, bytes]:
     """Six further tasks: the demo tasks with other seeds and on shifted features, under other names."""
-    cache = FeatureCache(Path(".tosca/cache"), backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    cache = FeatureCache(Path(".tosca/cache"), backbone.fingerprint, backbone.variant, backbone.feature_dim)
     modules = {}
     for task in ("digits", "textiles"):
         features = extract_features(open_source(DEMO_PICTURES / task), backbone, cache, show_progress=False)

@@ -39,7 +39,7 @@ def tosca(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TOSCA_DEVICE", "cpu")
-    for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_PRECISION"):
+    for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_RUNTIME"):
         monkeypatch.delenv(name, raising=False)
     registered = list(commands.app.registered_commands)
     groups = list(commands.app.registered_groups)
@@ -166,6 +166,46 @@ def test_a_backbone_that_cannot_serve_is_refused(name: str, tosca: Tosca) -> Non
     assert tosca("backbone", "list", "--json").json == []
 
 
+TUNE = ("backbone", "tune", "--data", "colours", "--rounds", 1, "--batch", 2, "--pictures", 6)
+
+
+def test_a_backbone_is_tuned_on_real_pictures(trained: Tosca) -> None:
+    tuned = trained(*TUNE, "--runtime", "torch-bfloat16", "--runtime", "torch-float32", "--json")
+    assert tuned.code == 0, tuned.err
+    assert tuned.json["chosen"] in ("torch-bfloat16", "torch-float32")
+    assert {one["runtime"] for one in tuned.json["table"]} == {"torch-bfloat16", "torch-float32"}
+    assert all(one["parity"]["num_pictures"] == 6 for one in tuned.json["table"])
+    only = trained(*TUNE, "--runtime", "torch-bfloat16")
+    assert "torch-bfloat16 is now the runtime of this backbone" in " ".join(only.out.split())
+    again = trained("train", "--task", "colours", "--data", "colours", "--seed", 2, "--force", "--json")
+    assert again.json["features_computed"] == 27, "features of another runtime are not mixed in"
+
+
+def test_a_runtime_asked_for_and_refused_changes_nothing(
+    trained: Tosca, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("model_store.runtimes.runtime.find_spec", lambda name: name == "torch" or None)
+    asked = trained(*TUNE, "--runtime", "torch-float32", "--runtime", "onnxruntime-float32")
+    assert_fault(asked, "runtime onnxruntime-float32 is refused: the package onnxruntime is not installed")
+    assert not list(tmp_path.glob(".tosca/store/backbones/*/tunings/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (("--data", "nowhere"), "nowhere is no folder"),
+        (("--data", "colours", "--rounds", "0"), "'--rounds'"),
+        ((), "Missing option '--data'"),
+    ],
+)
+def test_tuning_says_what_was_expected(arguments: tuple[str, ...], fault: str, trained: Tosca) -> None:
+    assert_usage(trained("backbone", "tune", *arguments), fault)
+
+
+def test_an_unknown_runtime_cannot_be_tuned(trained: Tosca) -> None:
+    assert_fault(trained(*TUNE, "--runtime", "abacus"), "unknown runtime 'abacus'")
+
+
 # -- training and publishing -------------------------------------------------------------------------
 
 
@@ -237,7 +277,7 @@ TRAIN_FAULTS: dict[str, tuple[tuple[object, ...], str]] = {
     "a folder without pictures": (("--data", "empty"), "holds no pictures"),
     "a class with too few pictures": (("--data", "colours", "--min-images", 7), "at least 7 are needed"),
     "an unknown device": (("--data", "colours", "--device", "tpu9000"), "unknown device 'tpu9000'"),
-    "an unknown precision": (("--data", "colours", "--precision", "int8"), "unknown precision 'int8'"),
+    "an unknown runtime": (("--data", "colours", "--runtime", "int8"), "unknown runtime 'int8'"),
     "a store without backbone": (("--data", "colours", "--store", "fresh"), "run `tosca backbone add`"),
 }
 

@@ -9,14 +9,15 @@ import torch
 from pictures import encoded, noise, write_classes, write_splits
 
 from model_store.backbone import Backbone, BackboneArtefact
+from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.preprocess import load_pixels
 from training.features import BATCH_SIZE, FeatureCache, LabelledFeatures, extract_features
 from training.sources import open_source
 
 
 def cache(folder: Path, backbone: Backbone) -> FeatureCache:
-    return FeatureCache(folder, backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    return FeatureCache(folder, backbone.fingerprint, backbone.variant, backbone.feature_dim)
 
 
 def extract(data: Path, backbone: Backbone, folder: Path, **options: object) -> LabelledFeatures:
@@ -134,10 +135,10 @@ def test_another_backbone_has_its_own_cache(tmp_path: Path, tiny_artefact: Backb
     assert extract(data, backbone, folder).num_computed == 0
 
 
-def test_another_precision_has_its_own_cache(tmp_path: Path, tiny_artefact: BackboneArtefact) -> None:
+def test_another_runtime_has_its_own_cache(tmp_path: Path, tiny_artefact: BackboneArtefact) -> None:
     data, folder = write_classes(tmp_path / "data", 2), tmp_path / "cache"
-    full = extract(data, Backbone.load(tiny_artefact, "cpu", "float32"), folder)
-    rough = extract(data, Backbone.load(tiny_artefact, "cpu", "bfloat16"), folder)
+    full = extract(data, Backbone.load(tiny_artefact, "cpu", "torch-float32"), folder)
+    rough = extract(data, Backbone.load(tiny_artefact, "cpu", "torch-bfloat16"), folder)
     assert (full.num_computed, rough.num_computed) == (6, 6)
     assert not torch.equal(full.cls_ND, rough.cls_ND)
 
@@ -234,3 +235,28 @@ def test_a_picture_over_the_limits_is_listed(tmp_path: Path, tiny_backbone: Back
         limits=ImageLimits(max_pixels=64 * 64),
     )
     assert features.skipped == (f"{data}/red/000.png: image is 90×90 pixels, the limit is 4096",)
+
+
+def test_decoding_runs_ahead_of_the_backbone_and_stays_bounded(
+    tmp_path: Path, counting: CountingBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a batch is embedded the next two are decoded, and never the whole folder."""
+    decoded: list[int] = []
+    ahead: list[int] = []
+
+    def counted(*arguments: object) -> torch.Tensor:
+        decoded.append(1)
+        return load_pixels(*arguments)  # type: ignore[arg-type]
+
+    def embed(pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        ahead.append(len(decoded) - sum(sizes) - len(pixels_BCHW))
+        sizes.append(len(pixels_BCHW))
+        return torch.zeros(len(pixels_BCHW), counting.feature_dim)  # type: ignore[call-overload]
+
+    sizes: list[int] = []
+    monkeypatch.setattr("training.features.load_pixels", counted)
+    monkeypatch.setattr(counting, "embed", embed)
+    data = write_classes(tmp_path / "data", 40)
+    extract(data, counting, tmp_path / "cache", num_threads=1)  # type: ignore[arg-type]
+    assert sizes == [BATCH_SIZE] * 7 + [8]
+    assert max(ahead) <= 2 * BATCH_SIZE

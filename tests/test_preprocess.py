@@ -8,7 +8,8 @@ import torch
 from pictures import encoded, noise
 from PIL import Image, ImageFilter
 
-from model_store.preprocess import ImageLimits, Preprocessing, load_pixels, to_pixels
+from model_store.decoding import ImageLimits
+from model_store.preprocess import Preprocessing, load_pixels, to_pixels
 from model_store.timm_import import load_timm
 
 LIMITS = ImageLimits()

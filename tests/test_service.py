@@ -126,7 +126,7 @@ def test_a_prediction_set_comes_with_a_coverage(client: TestClient) -> None:
 
 
 def test_timings_are_given_when_asked_for(client: TestClient) -> None:
-    assert "timings" not in client.post("/predict", content=picture()).json()
+    assert "timings" not in client.post("/predict", content=picture(99)).json()
     timings = client.post("/predict", params={"timings": True}, content=picture()).json()["timings"]
     assert timings[0].keys() == {
         "decode_ms",
@@ -432,3 +432,75 @@ def _assert_problem(response: object, status: int, kind: str | None, instance: s
     assert body["detail"]
     if kind is not None:
         assert body["type"] == f"urn:tosca:problem:{kind}"
+
+
+# -- CLS vectors in place of pictures ----------------------------------------------------------------
+
+
+def kept(client: TestClient, data: bytes) -> dict[str, object]:
+    """An answer with its CLS vectors, as a client keeps it."""
+    response = client.post("/predict", params={"return_cls": True}, content=data)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_a_kept_vector_gets_the_answer_of_its_picture(client: TestClient, tiny_backbone: Backbone) -> None:
+    answer = kept(client, picture())
+    assert answer["backbone_fingerprint"] == tiny_backbone.fingerprint
+    body = {"cls": answer["cls"], "backbone_fingerprint": answer["backbone_fingerprint"]}
+    again = client.post("/predict", json=body)
+    assert again.status_code == 200, again.text
+    assert again.json()["predictions"] == answer["predictions"]
+    assert "cls" not in again.json()
+
+
+def test_a_kept_vector_is_answered_by_new_tasks_too(client: TestClient, make_module: MakeModule) -> None:
+    answer = kept(client, picture())
+    assert client.post("/tasks", content=make_module("planes", seed=3)).status_code == 201
+    body = {key: answer[key] for key in ("cls", "backbone_fingerprint")} | {"task": "planes"}
+    assert client.post("/predict", json=body).json()["predictions"][0]["task"] == "planes"
+
+
+def test_vectors_of_another_backbone_are_refused(client: TestClient) -> None:
+    body = {"cls": kept(client, picture())["cls"], "backbone_fingerprint": "0" * 64}
+    refused = client.post("/predict", json=body)
+    assert refused.status_code == 409
+    assert "computed by backbone 0000" in refused.json()["detail"]
+
+
+BAD_VECTORS = {
+    "too short": ([[0.5] * 191], "cls.0 has 191 numbers, expected 192"),
+    "too long": ([[0.5] * 192, [0.5] * 193], "cls.1 has 193 numbers, expected 192"),
+    "empty": ([[]], "cls.0 has 0 numbers"),
+    "none": ([], "at least 1 item"),
+    "too large": ([[1e30] * 192], "beyond ±10000"),
+    "words": ([["much"] * 192], "valid number"),
+    "too many": ([[0.5] * 192] * 9, "9 pictures in one request, at most 8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VECTORS)
+def test_a_vector_that_cannot_be_one_is_refused(
+    name: str, client: TestClient, tiny_backbone: Backbone
+) -> None:
+    vectors, fault = BAD_VECTORS[name]
+    body = {"cls": vectors, "backbone_fingerprint": tiny_backbone.fingerprint}
+    refused = client.post("/predict", json=body)
+    assert refused.status_code == 422, refused.text
+    assert fault in refused.json()["detail"]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_numbers_that_are_none_are_refused(number: str, client: TestClient, tiny_backbone: Backbone) -> None:
+    body = (
+        f'{{"cls": [[{", ".join([number] * 192)}]], "backbone_fingerprint": "{tiny_backbone.fingerprint}"}}'
+    )
+    refused = client.post("/predict", content=body, headers={"content-type": "application/json"})
+    assert refused.status_code == 422
+
+
+@pytest.mark.parametrize("body", [{}, {"images": ["AA=="], "cls": [[1.0]]}, {"cls": [[1.0]]}])
+def test_pictures_and_vectors_are_two_forms(body: dict[str, object], client: TestClient) -> None:
+    refused = client.post("/predict", json=body)
+    assert refused.status_code == 422
+    assert "go together" in refused.json()["detail"] or "either images or cls" in refused.json()["detail"]

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from model_store import backbone_sources
+from model_store.backbone import resolve_device
 from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
     JsonOption,
-    PrecisionOption,
+    RuntimeOption,
     StoreOption,
     choose,
     err,
@@ -21,9 +22,13 @@ from model_store.console import (
     print_table,
 )
 from model_store.luca import FLOWS
+from model_store.measuring import Plan, tune
+from model_store.parity import read_labelled
 from model_store.publishing import Publisher
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from model_store.tune_command import print_measurements
+from model_store.tuning import hardware_name
 from training.continual import commands as continual_commands
 from training.demo import write_demo_pictures
 from training.evaluation import evaluate_bank
@@ -38,6 +43,15 @@ from training.recipes import RECIPES
 from training.sources import PictureSource, open_source
 from training.trainer import TrainedTask, check_names, train_task
 
+# The demo's tuning is a short one: enough to tell a sound runtime from a damaged one, and a fast from a slow.
+_TUNING_RUNTIMES = (
+    "torch-float32",
+    "torch-bfloat16",
+    "onnxruntime-float32",
+    "openvino-int8",
+    "openvino-int8-bfloat16",
+)
+_TUNING_PICTURES, _TUNING_BATCH_SIZE, _TUNING_ROUNDS = 24, 8, 2
 CorruptOption = Annotated[
     float, typer.Option("--max-corrupt", min=0.0, max=1.0, help="Share of unreadable pictures tolerated.")
 ]
@@ -79,7 +93,7 @@ def train(
     ] = False,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -92,7 +106,7 @@ def train(
     source = open_source(data, min_images_per_class=min_images)
     check_names(task, source.labels, label_space)
     opened = ModelStore(store)
-    backbone = load_backbone(opened, device, precision)
+    backbone = load_backbone(opened, device, runtime)
     features = load_features(source, backbone, cache, max_corrupt)
     for line in features.skipped:
         err.print(f"skipped {line}", style="yellow")
@@ -158,7 +172,7 @@ def evaluate(
     max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -170,7 +184,7 @@ def evaluate(
     named = dict(_split_data(one) for one in data)
     sources = {task: open_source(path, to_train=False) for task, path in named.items()}
     opened = ModelStore(store)
-    backbone = load_backbone(opened, device, precision)
+    backbone = load_backbone(opened, device, runtime)
     bank = Publisher(opened, revision=revision).active.bank
     features = {
         task: load_features(_test_part(source), backbone, cache, max_corrupt)
@@ -209,22 +223,37 @@ def demo(
     cache: CacheOption = DEFAULT_CACHE,
     store: StoreOption = DEFAULT_STORE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
 ) -> None:
-    """Add the default backbone and train the demo tasks, unless the store has them already."""
+    """Add the default backbone, choose its runtime and train the demo tasks, unless that was done already."""
     opened = ModelStore(store)
     if opened.head() is None:
         out.print("adding the default backbone, CLIP ViT-B/16 …")
         opened.publish_first(opened.put_backbone(backbone_sources.from_clip_wheel()))
     pictures = write_demo_pictures(folder)
+    _tune_once(opened, pictures, device)
     missing = [task for task in pictures if task not in opened.require_head().tasks]
-    backbone = load_backbone(opened, device, precision) if missing else None
+    backbone = load_backbone(opened, device, runtime) if missing else None
     for task in missing:
         assert backbone is not None, "loaded when something is missing"
         features = load_features(open_source(pictures[task]), backbone, cache, 0.0)
         trained = train_task(task, features, backbone.manifest)
         _keep(trained, opened, None, folder / "reports", force=False)
         out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}")
+
+
+def _tune_once(store: ModelStore, pictures: dict[str, Path], device: str) -> None:
+    """Choose the runtime by measuring on the demo's pictures, where this hardware has no tuning yet."""
+    fingerprint = store.require_head().backbone_fingerprint
+    if store.tuning(fingerprint, hardware_name(resolve_device(device))) is not None:
+        return
+    out.print("measuring the runtimes of the backbone on this machine …")
+    artefact = store.backbone(fingerprint)
+    labelled = read_labelled(pictures, artefact.manifest.preprocessing, max_pictures=_TUNING_PICTURES)
+    plan = Plan(_TUNING_RUNTIMES, device, (_TUNING_BATCH_SIZE,), _TUNING_ROUNDS)
+    tuned = tune(artefact, labelled, plan)
+    store.put_tuning(tuned.tuning, tuned.export)
+    print_measurements(tuned.tuning.table)
 
 
 def _test_part(source: PictureSource) -> PictureSource:

@@ -7,8 +7,9 @@ file and the backbone's fingerprint, and no epoch and no later training run comp
 
 import hashlib
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from model_store.backbone import Backbone
+from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
-from model_store.preprocess import ImageLimits, load_pixels
+from model_store.preprocess import load_pixels
 from training.sources import PictureSource, Split
 
-BATCH_SIZE = 16
+BATCH_SIZE = 16  # on the CPU, where larger batches gain nothing
+CUDA_BATCH_SIZE = 128
+# Batches being decoded while one is embedded: a run of large pictures then starves no pass.
+_BATCHES_AHEAD = 2
 _LOOKUP_CHUNK = 500
 
 
@@ -56,11 +61,11 @@ class _Picture(NamedTuple):
 
 
 class FeatureCache:
-    """CLS vectors by picture hash for one backbone and precision, in one SQLite file."""
+    """CLS vectors by picture hash for one backbone and runtime, in one SQLite file."""
 
-    def __init__(self, folder: Path, fingerprint: str, precision: str, feature_dim: int) -> None:
+    def __init__(self, folder: Path, fingerprint: str, variant: str, feature_dim: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"cls-{fingerprint[:16]}-{precision}.sqlite"
+        self.path = folder / f"cls-{fingerprint[:16]}-{variant}.sqlite"
         self._feature_dim = feature_dim
         with self._connect() as database:
             database.execute("PRAGMA journal_mode=WAL")
@@ -125,7 +130,8 @@ def extract_features(
         faults: dict[str, str] = {}
         with _progress(show_progress) as progress:
             bar = progress.add_task(f"features of {source.name}", total=len(to_compute))
-            for batch in _batched(pool, decode, list(to_compute.items())):
+            batch_size = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
+            for batch in _batched(pool, decode, list(to_compute.items()), batch_size):
                 faults |= {one.sha256: one.fault for one in batch if one.fault is not None}
                 good = [(one.sha256, one.pixels) for one in batch if one.pixels is not None]
                 if good:
@@ -141,14 +147,16 @@ def _batched(
     pool: ThreadPoolExecutor,
     decode: Callable[[tuple[str, Path]], _Picture],
     items: Sequence[tuple[str, Path]],
+    batch_size: int,
 ) -> Iterator[list[_Picture]]:
-    """Decoded batches, with the next one already being decoded while this one is embedded."""
-    chunks = [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
-    ahead = [pool.submit(decode, item) for item in chunks[0]] if chunks else []
-    for i in range(len(chunks)):
-        current = ahead
-        ahead = [pool.submit(decode, item) for item in chunks[i + 1]] if i + 1 < len(chunks) else []
-        yield [future.result() for future in current]
+    """Decoded batches, with the next ones already being decoded while this one is embedded."""
+    ahead: deque[list[Future[_Picture]]] = deque()
+    for start in range(0, len(items), batch_size):
+        ahead.append([pool.submit(decode, item) for item in items[start : start + batch_size]])
+        if len(ahead) > _BATCHES_AHEAD:
+            yield [future.result() for future in ahead.popleft()]
+    while ahead:
+        yield [future.result() for future in ahead.popleft()]
 
 
 def _assemble(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from model_store import backbone_loading
 from model_store.backbone import Backbone
 from model_store.console import err
 from model_store.store import ModelStore
@@ -19,16 +20,16 @@ DEFAULT_CACHE = Path(".tosca/cache")
 DEFAULT_MAX_CORRUPT = 0.05
 
 
-def load_backbone(store: ModelStore, device: str, precision: str) -> Backbone:
-    """The backbone in use by a store, on a device."""
-    return Backbone.load(store.backbone(store.require_head().backbone_fingerprint), device, precision)
+def load_backbone(store: ModelStore, device: str, runtime: str) -> Backbone:
+    """The backbone in use by a store, on a device, in a runtime."""
+    return backbone_loading.load_backbone(store, device=device, runtime=runtime)
 
 
 def load_features(
     source: PictureSource, backbone: Backbone, cache: Path, max_corrupt: float = DEFAULT_MAX_CORRUPT
 ) -> LabelledFeatures:
     """CLS features of a source, with a progress bar where a person watches."""
-    opened = FeatureCache(cache, backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    opened = FeatureCache(cache, backbone.fingerprint, backbone.variant, backbone.feature_dim)
     return extract_features(
         source,
         backbone,

@@ -35,7 +35,7 @@ async def ready(state: State) -> Ready:
         backbone=backbone.manifest.architecture,
         backbone_fingerprint=backbone.fingerprint,
         device=str(backbone.device),
-        precision=backbone.precision,
+        runtime=backbone.runtime_name,
         staleness_s=state.registry.staleness_s,
         is_stale=state.registry.fault is not None
         or bool(state.settings.store_poll_s and state.registry.staleness_s > state.settings.stale_after_s),

@@ -3,24 +3,27 @@
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
+from torch import Tensor
 
 from model_store.errors import InvalidRequest
 from model_store.selection import Selection
 from service.admission import deadline_s
+from service.disconnect import ClientLeft, while_connected
 from service.engine import Question
 from service.errors import DeadlineExceeded
-from service.payloads import decode_base64, read_pictures
+from service.payloads import decode_base64, read_cls, read_pictures
 from service.routes.state import Predicting, State, problems
 from service.schemas import PredictRequest, PredictResponse
 
 router = APIRouter(tags=["predict"])
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's name for it; nobody reads the response, but logs count it
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
         "required": True,
-        "description": "A picture, several pictures, or base64 in JSON.",
+        "description": "A picture, several pictures, or base64 or CLS vectors in JSON.",
         "content": {
             "image/jpeg": _BINARY,
             "image/png": _BINARY,
@@ -40,7 +43,8 @@ _BODY = {
 @router.post(
     "/predict",
     openapi_extra=_BODY,
-    responses=problems(404, 413, 415, 422, 503, 504),
+    responses=problems(404, 409, 413, 415, 422, 503, 504),
+    response_model=PredictResponse,
     response_model_exclude_none=True,
 )
 async def predict(
@@ -57,8 +61,9 @@ async def predict(
         ),
     ] = None,
     timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
+    return_cls: Annotated[bool, Query(description="Give back the CLS vectors.")] = False,
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
-) -> PredictResponse:
+) -> PredictResponse | Response:
     """Answer each picture with the most probable (task, label) over all active tasks.
 
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
@@ -68,21 +73,32 @@ async def predict(
     timeout_s = deadline_s(x_request_timeout, state.settings)
     state.engine.check_room()  # before a body is read for nothing
     bank = state.registry.active.bank
-    body = await read_pictures(request, state.settings.max_images_per_request)
+    limit = state.settings.max_images_per_request
+    body = await read_pictures(request, limit, state.engine.backbone.feature_dim)
+    pictures: list[bytes] | Tensor
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
         coverage = body.coverage or coverage
-        _check_count(len(body.images), state.settings.max_images_per_request)
-        body = await decode_base64(body.images, state.settings.max_image_bytes)
-    _check_count(len(body), state.settings.max_images_per_request)
+        _check_count(len(body.images or body.cls or ()), limit)
+        if body.images:
+            pictures = await decode_base64(body.images, state.settings.max_image_bytes)
+        else:
+            pictures = read_cls(body, state.engine.backbone)
+    else:
+        _check_count(len(body), limit)
+        pictures = body
     if top_k > state.settings.max_top_k:
         raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
     left_s = timeout_s - (time.monotonic() - started)
     if left_s <= 0.0:
         raise DeadlineExceeded(f"the body took all of the {timeout_s:g} s")
     question = Question(bank, selection, task, top_k, coverage, state.settings.abstain_level)
-    answers = await state.engine.answer(body, question, left_s)
-    return PredictResponse.of(answers, timings=timings)
+    try:
+        answers = await while_connected(request, state.engine.answer(pictures, question, left_s))
+    except ClientLeft:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    cls_of = state.engine.backbone.fingerprint if return_cls else None
+    return PredictResponse.of(answers, timings=timings, cls_of=cls_of)
 
 
 def _check_count(num_images: int, limit: int) -> None:

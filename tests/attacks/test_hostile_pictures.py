@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import encoded, noise
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from model_store.decoding import FORMATS, ImageLimits, decode_image
 from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
-from model_store.preprocess import FORMATS, ImageLimits, Preprocessing, decode_image, load_pixels
+from model_store.preprocess import Preprocessing, load_pixels
 
 LIMITS = ImageLimits()
 PREPROCESSING = Preprocessing(
@@ -271,30 +272,6 @@ def test_a_transparent_colour_of_an_rgb_png_is_laid_on_white() -> None:
     image.putpixel((1, 0), (9, 9, 9))
     data = encoded(image, transparency=(1, 2, 3))
     assert [pixel(data, 0), pixel(data, 1)] == [(255, 255, 255), (9, 9, 9)]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright(orientation: int) -> None:
-    """Whatever way it was stored, the red corner ends at the top left."""
-    upright = Image.new("RGB", (40, 24), (0, 0, 255))
-    ImageDraw.Draw(upright).rectangle((0, 0, 9, 9), fill=(255, 0, 0))
-    stored_by = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
-    stored = upright if stored_by is None else upright.transpose(stored_by)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    decoded = decode_image(encoded(stored, "PNG", exif=exif.tobytes()), LIMITS)
-    assert decoded.size == (40, 24)
-    assert decoded.getpixel((2, 2)) == (255, 0, 0)
-    assert decoded.getpixel((37, 21)) == (0, 0, 255)
 
 
 def test_damaged_exif_does_not_spoil_a_picture() -> None:

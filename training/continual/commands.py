@@ -13,7 +13,7 @@ from model_store.backbone import Backbone
 from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
-    PrecisionOption,
+    RuntimeOption,
     StoreOption,
     err,
     out,
@@ -79,7 +79,7 @@ def continual(
     leave_out: LeaveOutOption = False,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Learn a stream of tasks with several methods and compare them.
@@ -89,7 +89,7 @@ def continual(
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
     streams = [read_stream(path) for path in (stream, *unrelated)]
     opened = [(one, open_stream(one, data)) for one in streams]
-    backbone = load_backbone(ModelStore(store), device, precision)
+    backbone = load_backbone(ModelStore(store), device, runtime)
     _run(opened, backbone, cache, replace(options, images_per_class=images_per_class, leave_out=leave_out))
 
 
@@ -110,7 +110,7 @@ def paper(
     ranpac_width: WidthOption = PUBLISHED_WIDTH,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Run the published class-incremental protocol on a data set you have (docs/continual.md).
@@ -126,7 +126,7 @@ def paper(
     options = _Options.parse(methods, seeds, steps, json, plots, again, ranpac_width)
     stream = paper_stream(dataset, increment, chosen)
     sources = open_stream(stream, data)
-    backbone = load_backbone(ModelStore(store), device, precision)
+    backbone = load_backbone(ModelStore(store), device, runtime)
     for published, found in (
         (f"{DATASETS[dataset].num_classes} classes", f"{len(sources[0].labels)} classes"),
         (ARCHITECTURE, backbone.manifest.architecture),
@@ -144,7 +144,7 @@ def sparsity(
     json: Annotated[Path | None, typer.Option("--json", help="Results file.")] = None,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Accuracy against bytes for several strengths of the proximal penalty.
@@ -153,7 +153,7 @@ def sparsity(
     """
     described = read_stream(stream)
     sources = open_stream(described, data)
-    backbone = load_backbone(ModelStore(store), device, precision)
+    backbone = load_backbone(ModelStore(store), device, runtime)
     features = [load_features(source, backbone, cache) for source in sources]
     chosen = _seeds(seeds)
 
@@ -180,7 +180,7 @@ def sparsity(
         document = {
             "stream": described.model_dump(mode="json"),
             "backbone": backbone.fingerprint,
-            "precision": backbone.precision,
+            "runtime": backbone.runtime_name,
             "seeds": list(chosen),
             "data_sha256": {one.name: one.data_sha256 for one in features},
             "curve": [one.model_dump() for one in curve],
@@ -242,7 +242,7 @@ def _run(
         "steps": options.steps,
         "backbone": backbone.fingerprint,
         "architecture": backbone.manifest.architecture,
-        "precision": backbone.precision,
+        "runtime": backbone.runtime_name,
         "ranpac_width": options.ranpac_width,
         "data_sha256": {one.name: one.data_sha256 for one in every},
     }

@@ -1,0 +1,260 @@
+"""This service against a plain FastAPI handler and LitServe: throughput and latency over HTTP.
+
+All have the same backbone in the same runtime and precision, the same bank, decoding, threads and pictures,
+one after another in every round. Load comes from a second process, in closed loops of 1 and 64 clients and
+an open loop at 70 % of what the slowest server can do. The limit is the backbone alone at its best batch in
+one process. No picture repeats, and this service's CLS cache is off, so every answer costs a pass.
+
+TOSCA_BENCH_SECONDS sets the seconds of a measurement (default 20), TOSCA_BENCH_ROUNDS the rounds (3).
+"""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from PIL import Image
+
+from benchmarks.decoding import large_jpeg, photographs_at_hand
+from benchmarks.machine import machine
+from model_store.backbone_loading import load_backbone
+from model_store.backbone_sources import from_timm
+from model_store.measuring import Plan, time_pass, tune
+from model_store.parity import read_labelled
+from model_store.runtimes.runtime import runtime_kind
+from model_store.store import ModelStore
+from training.trainer import train_task
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from synthetic import make_features
+
+DEMO = Path(".tosca")
+PEERS = DEMO / "peers" / "bin" / "python"
+RESULT = Path(__file__).parent / "results" / "serving.json"
+SECONDS = float(os.environ.get("TOSCA_BENCH_SECONDS", "20"))
+ROUNDS = int(os.environ.get("TOSCA_BENCH_ROUNDS", "3"))
+MAX_BATCH_SIZE = 8
+CLIENTS = (1, 64)
+OPEN_LOOP_SHARE = 0.7
+START_TIMEOUT_S = 180.0
+TINY = "vit_tiny_patch16_224"
+SERVERS = ("tosca", "plain_fastapi", "lit_serve")
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A backbone and the pictures it is asked about."""
+
+    name: str
+    store: str
+    pictures: Path
+
+
+def main() -> None:
+    about = machine()
+    threads = os.cpu_count() or 1
+    results = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        for scenario in scenarios(Path(temporary)):
+            results[scenario.name] = measure(scenario, threads)
+            print(scenario.name, json.dumps(results[scenario.name]["summary"]))
+    document = {
+        "machine": about,
+        "seconds": SECONDS,
+        "rounds": ROUNDS,
+        "threads": threads,
+        "max_batch_size": MAX_BATCH_SIZE,
+        "scenarios": results,
+    }
+    RESULT.write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps({name: one["summary"] for name, one in results.items()}))
+
+
+# -- what is measured --------------------------------------------------------------------------------
+
+
+def scenarios(folder: Path) -> list[Scenario]:
+    """ViT-B/16 with small and 12-megapixel JPEGs, and a ViT-Tiny, where what a server adds shows most."""
+    small, large = folder / "small", folder / "large"
+    small.mkdir()
+    large.mkdir()
+    for i, photograph in enumerate(photographs_at_hand()):
+        (large / f"{i:03d}.jpg").write_bytes(large_jpeg(photograph, seed=i))
+        photograph.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        photograph.save(file, "JPEG", quality=90)
+        (small / f"{i:03d}.jpg").write_bytes(file.getvalue())
+    clip = str(DEMO / "store")
+    return [
+        Scenario("ViT-B/16, 256-pixel JPEGs", clip, small),
+        Scenario("ViT-B/16, 12-megapixel JPEGs", clip, large),
+        Scenario("ViT-Tiny, 256-pixel JPEGs", tiny_store(folder / "store"), small),
+    ]
+
+
+def tiny_store(folder: Path) -> str:
+    """An untrained ViT-Tiny at 224 pixels, tuned here, with two tasks."""
+    artefact = from_timm(TINY, pretrained=False)
+    store = ModelStore(folder)
+    store.publish_first(store.put_backbone(artefact))
+    pictures = read_labelled(
+        {"textiles": DEMO / "demo" / "textiles" / "test"}, artefact.manifest.preprocessing, 16
+    )
+    candidates = ("torch-float32", "openvino-float32", "openvino-bfloat16")
+    tuned = tune(artefact, pictures, Plan(candidates, batch_sizes=(MAX_BATCH_SIZE,)))
+    store.put_tuning(tuned.tuning, tuned.export)
+    revision = store.require_head()
+    for seed, task in enumerate(("birds", "cars")):
+        features = make_features(task, seed=seed, feature_dim=artefact.manifest.feature_dim)
+        sha256 = store.put_module(train_task(task, features, artefact.manifest, seed=seed).data)
+        revision = store.publish(lambda head, t=task, s=sha256: {**head.tasks, t: s}, f"add {task}")
+    assert len(revision.tasks) == 2, "both tasks are published"
+    return str(folder)
+
+
+def measure(scenario: Scenario, threads: int) -> dict[str, object]:
+    alone = backbone_alone(scenario.store, threads)
+    closed: dict[str, dict[str, list[dict[str, float]]]] = {
+        server: {str(clients): [] for clients in CLIENTS} for server in SERVERS
+    }
+    for _ in range(ROUNDS):
+        for server in SERVERS:
+            with running(server, scenario.store, threads) as url:
+                for clients in CLIENTS:
+                    closed[server][str(clients)].append(load(url, scenario, clients=clients))
+    saturated = {server: median(closed[server][str(CLIENTS[-1])], "images_per_s") for server in SERVERS}
+    rate = OPEN_LOOP_SHARE * min(saturated.values())
+    opened: dict[str, list[dict[str, float]]] = {server: [] for server in SERVERS}
+    for _ in range(ROUNDS):
+        for server in SERVERS:
+            with running(server, scenario.store, threads) as url:
+                opened[server].append(load(url, scenario, rate=rate))
+    peers = [one for one in SERVERS if one != "tosca"]
+    p99 = {server: median(opened[server], "p99_ms") for server in SERVERS}
+    summary = {
+        "backbone_alone_images_per_s": alone["images_per_s"],
+        "saturated_images_per_s": saturated,
+        "saturated_over_alone": saturated["tosca"] / alone["images_per_s"],
+        "saturated_over_best_peer": saturated["tosca"] / max(saturated[one] for one in peers),
+        "open_loop_images_per_s": rate,
+        "open_loop_p99_ms": p99,
+        "p99_over_best_peer": p99["tosca"] / min(p99[one] for one in peers),
+        "one_client_p50_ms": {one: median(closed[one]["1"], "p50_ms") for one in SERVERS},
+    }
+    return {"summary": summary, "alone": alone, "closed_loop": closed, "open_loop": opened}
+
+
+def backbone_alone(store: str, threads: int) -> dict[str, float]:
+    """Images per second of the backbone on decoded pixels, at the best of the batch sizes."""
+    torch.set_num_threads(threads)
+    backbone = load_backbone(ModelStore(store), num_threads=threads)
+    side = backbone.preprocessing.height
+    best: dict[str, float] = {"images_per_s": 0.0}
+    for batch_size in (1, 2, 4, 8, 16):
+        pixels = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
+        time_pass(backbone, pixels)
+        passes, started = [], time.perf_counter()
+        while time.perf_counter() - started < SECONDS / 5:
+            passes.append(time_pass(backbone, pixels))
+        images_per_s = batch_size / statistics.median(passes)
+        if images_per_s > best["images_per_s"]:
+            best = {"images_per_s": images_per_s, "batch_size": batch_size}
+    kind = runtime_kind(backbone.runtime_name)
+    return best | {"runtime": kind.name}  # type: ignore[dict-item]
+
+
+# -- servers and load --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(server: str, store: str, threads: int) -> Iterator[str]:
+    """One server in its own process, until the block ends."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    if server == "tosca":
+        command = [
+            str(Path(sys.executable).with_name("tosca")),
+            "serve",
+            "--store",
+            store,
+            "--port",
+            str(port),
+        ]
+        environment |= {
+            "TOSCA_CLS_CACHE_BYTES": "0",
+            "TOSCA_MAX_BATCH_SIZE": str(MAX_BATCH_SIZE),
+            "TOSCA_TORCH_THREADS": str(threads),
+            "TOSCA_DECODE_THREADS": str(threads),
+        }
+    else:
+        python = str(PEERS) if server == "lit_serve" else sys.executable
+        options = ["--store", store, "--port", str(port), "--threads", str(threads)]
+        options += ["--max-batch-size", str(MAX_BATCH_SIZE)]
+        command = [python, "-m", f"benchmarks.peers.{server}", *options]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_ready(url, server, process)
+            yield url
+        except AssertionError as error:
+            log.seek(0)
+            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # LitServe leaves its worker behind
+            process.wait()
+
+
+def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]") -> None:
+    path = "/health" if server == "lit_serve" else "/health/ready"
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"{server} ended"
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}{path}", timeout=5.0).is_success:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{server} was not ready within {START_TIMEOUT_S} s")
+
+
+def load(url: str, scenario: Scenario, *, clients: int = 0, rate: float = 0.0) -> dict[str, float]:
+    """One measurement by the load process."""
+    command = [
+        str(PEERS),
+        str(Path(__file__).with_name("load.py")),
+        url,
+        "--pictures",
+        str(scenario.pictures),
+    ]
+    command += ["--seconds", str(SECONDS), "--warm-up", str(SECONDS / 5)]
+    command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS * 10 + 300)
+    result: dict[str, float] = json.loads(done.stdout)
+    assert result["num_failed"] == 0, f"{result['num_failed']} requests failed"
+    return result
+
+
+def median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median(one[name] for one in runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Bytes of a picture to upright sRGB pixels, as a person would see them and within bounds.
+
+The same steps in training and in serving. `DECODING` numbers them; it is part of the preprocessing and so
+of the backbone's fingerprint, because another way of decoding gives other CLS vectors.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
+
+# Raise it with every change of the pixels below. 1 decoded JPEGs at full size and took all colours for sRGB.
+DECODING: Literal[2] = 2
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_WHITE = (255, 255, 255, 255)
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What an ICC header calls the colours of a mode; a profile for other colours than the picture's is ignored.
+_PROFILE_SPACE = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
+_MAX_PROFILE_BYTES = 4 * 2**20
+_MAX_TRANSFORMS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLimits:
+    """Bounds checked from the header, before a pixel is decoded."""
+
+    max_bytes: int = 32 * 2**20
+    max_pixels: int = 64_000_000
+
+
+def decode_image(data: bytes, limits: ImageLimits, min_side: int | None = None) -> Image.Image:
+    """An upright RGB picture; transparency is laid on white, of an animation the first frame is taken.
+
+    With `min_side`, a JPEG comes reduced by 2, 4 or 8 from inside its decoder where its shorter side keeps
+    at least so many pixels. Raises ImageTooLarge, UnsupportedImageFormat or InvalidImage.
+    """
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(f"image has {len(data)} bytes, the limit is {limits.max_bytes}")
+    if not data:
+        raise InvalidImage("image is empty: expected the bytes of a picture")
+    # Pillow's parsers raise whatever a hostile file provokes, from SyntaxError to struct.error: anything
+    # that goes wrong while reading somebody's bytes is a fault of those bytes.
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageTooLarge(f"image declares too many pixels, the limit is {limits.max_pixels}") from error
+    except UnidentifiedImageError as error:
+        raise UnsupportedImageFormat(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
+    except Exception as error:
+        raise InvalidImage(f"image cannot be read: {error}") from error
+    if image.width * image.height > limits.max_pixels:
+        raise ImageTooLarge(f"image is {image.width}×{image.height} pixels, the limit is {limits.max_pixels}")
+    try:
+        if min_side is not None:
+            _reduce(image, min_side)
+        image.load()
+        turn = _TURN.get(_orientation(image))
+        rgb = _to_srgb(image)
+        return rgb if turn is None else rgb.transpose(turn)
+    except Exception as error:
+        raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
+
+
+def _reduce(image: Image.Image, min_side: int) -> None:
+    """Let a JPEG decoder leave out what would be averaged away; other formats ignore it."""
+    short = min(image.size)
+    if short > min_side:
+        # Pillow takes the largest reduction that keeps both sides at the size asked for.
+        image.draft(None, (image.width * min_side // short, image.height * min_side // short))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the picture is to be turned (EXIF, 1 to 8); 1 where the metadata cannot be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever damaged metadata provokes; the pixels are sound
+        return 1
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    flat = _flatten(image)
+    profile = image.info.get("icc_profile")
+    if isinstance(profile, bytes) and len(profile) <= _MAX_PROFILE_BYTES:
+        transform = _colour_transform(profile, flat.mode)
+        if transform is not None:
+            return transform.apply(flat)
+    return flat.convert("RGB")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Opaque 8-bit pixels in mode RGB, L or CMYK, in the picture's own colour space."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "I":  # 16-bit PNGs may open as 32-bit integers
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise InvalidImage("floating-point pixels have no defined white")
+    if "A" in image.mode or "transparency" in image.info:
+        grey = image.mode in ("L", "LA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+        return image.convert("L" if grey else "RGB")
+    if image.mode == "1":
+        return image.convert("L")
+    return image if image.mode in _PROFILE_SPACE else image.convert("RGB")
+
+
+@lru_cache(_MAX_TRANSFORMS)
+def _colour_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From a mode and ICC profile to sRGB; None where that changes nothing, or the profile is broken."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space != _PROFILE_SPACE[mode]:
+            return None
+        transform = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            # Decoding threads share the transform, which is safe without its one-pixel cache.
+            ImageCms.Flags.BLACKPOINTCOMPENSATION | ImageCms.Flags.NOCACHE,
+        )
+        return None if _is_identity(transform, mode) else transform
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return None
+
+
+def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether the profile is sRGB by another name: most are, and rounding apart nothing would change."""
+    if mode == "CMYK":
+        return False
+    level = np.arange(0, 256, 15, dtype=np.uint8)
+    if mode == "RGB":
+        probe = np.stack(np.meshgrid(level, level, level), axis=-1).reshape(-1, len(level), 3)
+    else:
+        probe = level[None]
+    image = Image.fromarray(probe)
+    changed, same = np.asarray(transform.apply(image)), np.asarray(image.convert("RGB"))
+    return bool(np.abs(changed.astype(np.int16) - same).max() <= 1)

@@ -1,0 +1,1 @@
+"""Ways to run a frozen backbone: one class an engine, all of them a `Runtime`."""

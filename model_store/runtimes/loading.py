@@ -1,0 +1,37 @@
+"""Exported forms of a backbone to running sessions; each engine is imported when it is asked for."""
+
+from typing import assert_never
+
+from torch import Tensor
+
+from model_store.errors import InvalidBackbone
+from model_store.runtimes.runtime import ExportForm, Runtime, RuntimeKind
+
+
+def load_export(kind: RuntimeKind, export: bytes, num_threads: int) -> Runtime:
+    """An exported form in the engine of `kind`. Raises InvalidBackbone when the engine refuses it."""
+    try:
+        if kind.engine == "onnxruntime":
+            from model_store.runtimes.onnx_runtime import OnnxRuntime
+
+            return OnnxRuntime(export, num_threads)
+        if kind.engine == "openvino":
+            from model_store.runtimes.openvino_runtime import OpenVinoRuntime
+
+            return OpenVinoRuntime(export, kind.precision, num_threads)
+    except Exception as error:  # every engine has its own family of errors
+        raise InvalidBackbone(f"{kind.engine} cannot load the exported backbone: {error}") from error
+    raise AssertionError(f"{kind.name} runs no export")
+
+
+def make_export(form: ExportForm, float_export: bytes, calibration_NCHW: Tensor) -> bytes:
+    """An exported form from the float32 one; `calibration_NCHW` are pixels of real pictures."""
+    from model_store.runtimes.onnx_export import calibrate_static, quantise_weights
+
+    if form == "float":
+        return float_export
+    if form == "weight8":
+        return quantise_weights(float_export)
+    if form == "static8":
+        return calibrate_static(float_export, calibration_NCHW)
+    assert_never(form)

@@ -1,0 +1,117 @@
+"""`tosca backbone tune`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from model_store.console import (
+    DEFAULT_STORE,
+    DeviceOption,
+    JsonOption,
+    StoreOption,
+    err,
+    out,
+    print_json,
+    print_table,
+)
+from model_store.errors import InvalidBackbone
+from model_store.measuring import Plan, Tuned, tune
+from model_store.parity import read_labelled
+from model_store.publishing import Publisher
+from model_store.runtimes.runtime import RUNTIMES
+from model_store.store import ModelStore
+from model_store.tuning import Measurement
+
+
+def backbone_tune(
+    data: Annotated[
+        list[str], typer.Option(help="Real pictures, FOLDER or TASK=FOLDER with CLASS/* below; repeated.")
+    ],
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Measure this one alone; repeated. Without it all: {', '.join(RUNTIMES)}."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size to time; repeated.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="Most pictures for the parity.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed passes a batch size.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a pass; 0: as torch chooses.")] = 0,
+    device: DeviceOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Measure every runtime of the store's backbone here and keep the fastest that answers as torch does.
+
+    Example: tosca backbone tune --data pictures/birds --data parts=pictures/machine-parts
+    """
+    opened = ModelStore(store)
+    head = opened.require_head()
+    artefact = opened.backbone(head.backbone_fingerprint)
+    labelled = read_labelled(_folders(data), artefact.manifest.preprocessing, pictures)
+    tuned = tune(
+        artefact,
+        labelled,
+        Plan(
+            runtimes=tuple(runtime or RUNTIMES),
+            device=device,
+            batch_sizes=tuple(sorted(set(batch or (1, 8)))),
+            num_rounds=rounds,
+            num_threads=threads,
+        ),
+        bank=Publisher(opened).active.bank if head.tasks else None,
+        on_measured=lambda one: err.print(f"measured {one.runtime}"),
+    )
+    if runtime:
+        _require(tuned)
+    opened.put_tuning(tuned.tuning, tuned.export)
+    if json:
+        print_json(tuned.tuning.model_dump(mode="json"))
+        return
+    print_measurements(tuned.tuning.table)
+    out.print(f"{tuned.tuning.chosen} is now the runtime of this backbone on {tuned.tuning.hardware}")
+
+
+def print_measurements(table: tuple[Measurement, ...]) -> None:
+    """The speed and parity of every runtime, for people."""
+    print_table(
+        ["runtime", "images/s", "× float32", "mean cosine", "worst", "task flips", "accuracy"],
+        (
+            (
+                one.runtime,
+                f"{one.images_per_s[max(one.images_per_s)]:.1f}" if one.images_per_s else "–",
+                f"{one.best_speedup:.2f}" if one.speedup else "–",
+                *(
+                    (
+                        f"{one.parity.mean_cosine:.4f}",
+                        f"{one.parity.min_cosine:.4f}",
+                        f"{one.parity.task_flips:.2%}",
+                        f"{one.parity.reference_accuracy:.3f} → {one.parity.accuracy:.3f}",
+                    )
+                    if one.parity
+                    else ("–",) * 4
+                ),
+            )
+            for one in table
+        ),
+    )
+    for one in table:
+        if one.refused is not None:
+            out.print(f"{one.runtime} is refused: {one.refused}")
+
+
+def _require(tuned: Tuned) -> None:
+    """A runtime that was asked for by name and refused is an error, whatever the others do."""
+    for one in tuned.tuning.table:
+        if one.refused is not None:
+            raise InvalidBackbone(f"runtime {one.runtime} is refused: {one.refused}")
+
+
+def _folders(data: list[str]) -> dict[str, Path]:
+    folders: dict[str, Path] = {}
+    for text in data:
+        name, separator, path = text.partition("=")
+        folder = Path(path if separator else text)
+        if not folder.is_dir():
+            raise typer.BadParameter(f"{folder} is no folder", param_hint="--data")
+        folders[name if separator else folder.resolve().name] = folder
+    return folders

@@ -1,0 +1,111 @@
+"""What was measured of a backbone's runtimes on one kind of hardware, and what was chosen by it."""
+
+import platform
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from model_store.manifest import Sha256
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gate(_Record):
+    """How far a runtime's answers may be from those of torch in float32 (docs/decisions/0003-runtimes.md)."""
+
+    min_mean_cosine: float = 0.995  # over pictures, of their CLS vectors
+    min_cosine: float = 0.97  # of the worst picture
+    max_task_flips: Share = 0.005  # share of pictures whose task is chosen otherwise
+    max_accuracy_loss: Share = 0.01  # end to end, on labelled pictures
+
+
+class Parity(_Record):
+    """A runtime's answers against the reference's on the same pictures."""
+
+    num_pictures: int
+    mean_cosine: float
+    min_cosine: float
+    task_flips: Share
+    label_flips: Share  # told and not judged: between nearly equal classes they go both ways
+    accuracy: Share
+    reference_accuracy: Share
+
+    def fault(self, gate: Gate) -> str | None:
+        """What the gate refuses, or None. A flip that one picture alone makes up is let pass."""
+        if self.mean_cosine < gate.min_mean_cosine:
+            return f"mean cosine {self.mean_cosine:.4f} is below {gate.min_mean_cosine:g}"
+        if self.min_cosine < gate.min_cosine:
+            return f"the worst cosine {self.min_cosine:.4f} is below {gate.min_cosine:g}"
+        one = 1.0 / self.num_pictures
+        if self.task_flips > max(gate.max_task_flips, one):
+            return (
+                f"{self.task_flips:.2%} of the pictures get another task, more than {gate.max_task_flips:.2%}"
+            )
+        loss = self.reference_accuracy - self.accuracy
+        if loss > max(gate.max_accuracy_loss, one) + 1e-9:
+            return f"accuracy falls by {loss:.2%}, more than {gate.max_accuracy_loss:.2%}"
+        return None
+
+
+class Measurement(_Record):
+    """One runtime: its speed by batch size, its parity, and why it is out of the choice if it is."""
+
+    runtime: str
+    refused: str | None = None  # not available here, or failed the gate
+    images_per_s: Mapping[int, float] = {}  # by batch size, medians
+    latency_ms: Mapping[int, float] = {}  # of a whole pass, by batch size, medians
+    speedup: Mapping[int, float] = {}  # over the reference by batch size, medians of paired passes
+    parity: Parity | None = None
+    export_sha256: Sha256 | None = None
+
+    @property
+    def best_speedup(self) -> float:
+        """At the largest batch: what a loaded server and a training run see."""
+        return self.speedup[max(self.speedup)] if self.speedup else 0.0
+
+
+class Tuning(_Record):
+    """The table of all runtimes on one kind of hardware, and the fastest that passed the gate."""
+
+    format_version: Literal[1] = 1
+    backbone_fingerprint: Sha256
+    hardware: str  # see `hardware_name`
+    num_threads: int
+    gate: Gate
+    chosen: str
+    table: tuple[Measurement, ...]
+    versions: Mapping[str, str]
+    created_at: datetime
+
+    def measurement(self, runtime: str) -> Measurement | None:
+        return next((one for one in self.table if one.runtime == runtime), None)
+
+
+def fastest(table: tuple[Measurement, ...]) -> Measurement | None:
+    """The measurement with the greatest speed at its largest batch among those not refused."""
+    passed = [one for one in table if one.refused is None]
+    return max(passed, key=lambda one: one.best_speedup, default=None)
+
+
+def hardware_name(device: torch.device) -> str:
+    """The kind of hardware a tuning holds for: the processor and its vector instructions, or the GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

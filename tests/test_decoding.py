@@ -1,0 +1,238 @@
+"""Pictures as a person sees them, whatever the encoder did: real files, written by real encoders.
+
+Transparency, animations and further oddities: tests/attacks/test_hostile_pictures.py.
+"""
+
+import io
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from pictures import encoded, noise
+from PIL import Image, ImageCms, ImageFilter, TiffImagePlugin
+
+from model_store.decoding import ImageLimits, decode_image
+from model_store.errors import ImageTooLarge
+
+LIMITS = ImageLimits()
+SIDE = 64
+
+
+def corner_picture(size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """Upright when its red quarter is at the top left; the others are green, blue and white."""
+    pixels = np.full((size[1], size[0], 3), 255, dtype=np.uint8)
+    middle = (size[1] // 2, size[0] // 2)
+    pixels[: middle[0], : middle[1]] = (200, 30, 30)
+    pixels[: middle[0], middle[1] :] = (30, 160, 30)
+    pixels[middle[0] :, : middle[1]] = (30, 30, 200)
+    return Image.fromarray(pixels)
+
+
+def decode(data: bytes, min_side: int | None = None) -> np.ndarray:
+    image = decode_image(data, LIMITS, min_side)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(np.int16)
+
+
+def same(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+    return one.shape == other.shape and float(np.abs(one - other).mean()) <= tolerance
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+# How an upright picture is stored so that each EXIF orientation turns it back.
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED_AS)
+def test_every_orientation_comes_out_upright(file_format: str, orientation: int) -> None:
+    upright = corner_picture()
+    turn = STORED_AS[orientation]
+    stored = upright if turn is None else upright.transpose(turn)
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    options |= {"lossless": True} if file_format == "WEBP" else {}
+    data = encoded(stored, file_format, exif=exif(orientation), **options)
+    assert same(decode(data), decode(encoded(upright)), 1.0)
+
+
+def test_an_unknown_orientation_changes_nothing() -> None:
+    upright = corner_picture()
+    assert same(decode(encoded(upright, "PNG", exif=exif(99))), decode(encoded(upright)), 0)
+
+
+# -- depth, palettes, several pictures in one --------------------------------------------------------
+
+
+def ramp16() -> np.ndarray:
+    return np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+
+
+def big_endian_tiff() -> bytes:
+    file = io.BytesIO()
+    tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
+    Image.frombytes("I;16B", (64, 48), ramp16().astype(">u2").tobytes()).save(file, "TIFF", tiffinfo=tags)
+    return file.getvalue()
+
+
+DEEP: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: encoded(Image.fromarray(ramp16()), "PNG"),
+    "TIFF": lambda: encoded(Image.fromarray(ramp16()), "TIFF"),
+    "big-endian TIFF": big_endian_tiff,
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_sixteen_bits_keep_their_brightness(name: str) -> None:
+    """Clipping to 255, the naive conversion, would turn all but the darkest 0.4 % white."""
+    expected = np.repeat((ramp16() >> 8)[..., None], 3, axis=2).astype(np.int16)
+    assert same(decode(DEEP[name]()), expected, 0)
+
+
+def test_sixteen_bit_colours_keep_their_brightness() -> None:
+    """Pillow writes no such PNG, so it is put together from chunks."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\x00" + struct.pack(">HHH", 0xC000, 0x4000, 0x8000) * 8
+    body = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)) + chunk(
+        b"IDAT", zlib.compress(row * 8)
+    )
+    pixels = decode(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))
+    assert (pixels == (0xC0, 0x40, 0x80)).all()
+
+
+def test_palettes_and_black_and_white_show_their_colours() -> None:
+    paletted = corner_picture().convert("P", palette=Image.Palette.ADAPTIVE)
+    assert same(decode(encoded(paletted)), decode(encoded(corner_picture())), 1.0)
+    striped = Image.fromarray(np.tile(np.array([[0, 255]], dtype=np.uint8), (8, 4))).convert("1")
+    assert sorted(np.unique(decode(encoded(striped))).tolist()) == [0, 255]
+
+
+def test_a_multi_picture_jpeg_shows_its_first_picture() -> None:
+    first, second = (noise(i, spread=0) for i in (0, 1))
+    data = encoded(first, "MPO", save_all=True, append_images=[second], quality=95)
+    assert same(decode(data), decode(encoded(first)), 2.0)
+
+
+# -- colours -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
+def test_cmyk_shows_its_colours(file_format: str) -> None:
+    """Adobe's JPEGs store the inks inverted; taken as they are, red paper would come out as cyan night."""
+    expected = decode(encoded(corner_picture()))
+    options = {"quality": 95} if file_format == "JPEG" else {}
+    data = encoded(corner_picture().convert("CMYK"), file_format, **options)
+    assert (b"Adobe" in data) == (file_format == "JPEG")
+    assert same(decode(data), expected, 3.0)
+
+
+def swapped_profile() -> bytes:
+    """An sRGB profile with its red and blue primaries exchanged: a colour space nobody could overlook."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(128, 128 + 4 + 12 * struct.unpack_from(">I", data, 128)[0], 1):
+        if data[i : i + 4] in (b"rXYZ", b"bXYZ"):
+            data[i] = ord("b") if data[i] == ord("r") else ord("r")
+    return bytes(data)
+
+
+def srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_a_colour_profile_is_obeyed(file_format: str) -> None:
+    image = Image.new("RGB", (16, 16), (220, 20, 20))
+    options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}
+    pixels = decode(encoded(image, file_format, icc_profile=swapped_profile(), **options))
+    assert np.abs(pixels - (20, 20, 220)).max() < 12
+
+
+def test_srgb_by_name_changes_no_pixel() -> None:
+    plain, named = (encoded(noise(), icc_profile=profile) for profile in (None, srgb_profile()))
+    assert same(decode(plain), decode(named), 0)
+
+
+BROKEN_PROFILES = {
+    "noise": b"\x00\x01not a profile" * 20,
+    "empty": b"",
+    "truncated": srgb_profile()[:200],
+    "for other colours": ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_PROFILES)
+def test_a_broken_colour_profile_is_passed_over(name: str) -> None:
+    data = encoded(noise(), icc_profile=BROKEN_PROFILES[name])
+    assert same(decode(data), decode(encoded(noise())), 0)
+
+
+def test_a_profile_for_rgb_is_passed_over_in_a_grey_picture() -> None:
+    grey = noise().convert("L")
+    assert same(decode(encoded(grey, icc_profile=swapped_profile())), decode(encoded(grey)), 0)
+
+
+# -- reduced decoding --------------------------------------------------------------------------------
+
+
+def photograph(size: tuple[int, int]) -> Image.Image:
+    return noise(size=size, spread=120).filter(ImageFilter.GaussianBlur(3))
+
+
+@pytest.mark.parametrize(
+    ("size", "min_side", "expected"),
+    [
+        ((1600, 1200), 150, (200, 150)),
+        ((1600, 1200), 151, (400, 300)),
+        ((1200, 1600), 300, (300, 400)),
+        ((1600, 1200), 601, (1600, 1200)),
+        ((400, 300), 448, (400, 300)),
+        ((1601, 1203), 100, (201, 151)),
+    ],
+)
+def test_a_large_jpeg_is_reduced_while_it_is_decoded(
+    size: tuple[int, int], min_side: int, expected: tuple[int, int]
+) -> None:
+    data = encoded(photograph(size), "JPEG")
+    image = decode_image(data, LIMITS, min_side)
+    assert image.size == expected and min(image.size) >= min(min_side, min(size))
+
+
+def test_a_reduced_picture_shows_the_same() -> None:
+    data = encoded(photograph((1600, 1200)), "JPEG", quality=92)
+    whole = decode_image(data, LIMITS).resize((200, 150), Image.Resampling.BOX)
+    assert same(decode(data, 150), np.asarray(whole).astype(np.int16), 2.0)
+
+
+def test_other_formats_are_decoded_whole() -> None:
+    assert decode_image(encoded(photograph((800, 600))), LIMITS, 100).size == (800, 600)
+
+
+def test_a_turned_jpeg_is_reduced_and_upright() -> None:
+    stored = corner_picture((1600, 1200)).transpose(Image.Transpose.ROTATE_90)
+    image = decode_image(encoded(stored, "JPEG", quality=95, exif=exif(6)), LIMITS, 150)
+    assert image.size == (200, 150)
+    assert np.abs(np.asarray(image)[10, 10].astype(int) - (200, 30, 30)).max() < 12
+
+
+def test_the_limit_holds_for_the_size_in_the_header_and_not_the_reduced_one() -> None:
+    data = encoded(photograph((1600, 1200)), "JPEG")
+    with pytest.raises(ImageTooLarge, match="1600×1200 pixels"):
+        decode_image(data, ImageLimits(max_pixels=1_000_000), 100)

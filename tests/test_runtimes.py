@@ -1,0 +1,168 @@
+"""Every runtime gives the CLS vectors of torch in float32, as near as its number format allows."""
+
+from collections.abc import Callable
+
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from model_store.backbone import Backbone, BackboneArtefact
+from model_store.errors import InvalidBackbone
+from model_store.measuring import Tuned
+from model_store.runtimes.loading import make_export
+from model_store.runtimes.onnx_export import INPUT, OUTPUT, export_float
+from model_store.runtimes.runtime import KINDS, REFERENCE, RUNTIMES, RuntimeKind, runtime_kind
+from model_store.runtimes.torch_runtime import Embedding
+
+CPU = torch.device("cpu")
+HERE = [kind for kind in KINDS if kind.unavailable_on(CPU) is None]
+# Of the worst of the pictures below; the number formats keep 24, 8 and 7 bits.
+MIN_COSINE = {"float32": 0.999999, "bfloat16": 0.999, "int8": 0.998, "int8-bfloat16": 0.998}
+MakeExport = Callable[[RuntimeKind], bytes | None]
+
+
+def pixels(batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (batch, 3, 32, 32), generator=generator, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def float_export(tiny_tuned: Tuned) -> bytes:
+    assert tiny_tuned.export is not None
+    return tiny_tuned.export
+
+
+@pytest.fixture(scope="module")
+def export_of(float_export: bytes) -> MakeExport:
+    made: dict[str, bytes] = {}
+
+    def make(kind: RuntimeKind) -> bytes | None:
+        if kind.export is None:
+            return None
+        if kind.export not in made:
+            made[kind.export] = make_export(kind.export, float_export, pixels(8, seed=5))
+        return made[kind.export]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def load(tiny_artefact: BackboneArtefact, export_of: MakeExport) -> Callable[[RuntimeKind], Backbone]:
+    return lambda kind: Backbone.load(tiny_artefact, "cpu", kind.name, export=export_of(kind))
+
+
+@pytest.mark.parametrize("kind", HERE, ids=lambda kind: kind.name)
+def test_a_runtime_agrees_with_torch(
+    kind: RuntimeKind, load: Callable[[RuntimeKind], Backbone], tiny_backbone: Backbone
+) -> None:
+    pixels_BCHW = pixels(6)
+    backbone = load(kind)
+    cls_BD = backbone.embed(pixels_BCHW)
+    assert (cls_BD.shape, cls_BD.dtype, cls_BD.device.type) == ((6, 192), torch.float32, "cpu")
+    cosine_B = torch.cosine_similarity(cls_BD, tiny_backbone.embed(pixels_BCHW))
+    assert float(cosine_B.min()) > MIN_COSINE[kind.precision]
+    assert (backbone.runtime_name, backbone.precision) == (kind.name, kind.precision)
+
+
+@pytest.mark.parametrize("kind", HERE, ids=lambda kind: kind.name)
+def test_a_picture_has_its_vector_whatever_its_batch_mates(
+    kind: RuntimeKind, load: Callable[[RuntimeKind], Backbone]
+) -> None:
+    """One bright picture among dark ones would move a scale that a whole batch shares."""
+    pixels_BCHW = pixels(5) // 16
+    pixels_BCHW[2] = 255
+    backbone = load(kind)
+    alone_BD = torch.cat([backbone.embed(one[None]) for one in pixels_BCHW])
+    torch.testing.assert_close(backbone.embed(pixels_BCHW), alone_BD, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", HERE, ids=lambda kind: kind.name)
+def test_a_later_pass_leaves_earlier_vectors_alone(
+    kind: RuntimeKind, load: Callable[[RuntimeKind], Backbone]
+) -> None:
+    backbone = load(kind)
+    first_BD = backbone.embed(pixels(2))
+    kept_BD = first_BD.clone()
+    backbone.embed(pixels(2, seed=9))
+    assert torch.equal(first_BD, kept_BD)
+
+
+def test_the_reference_is_the_first_and_runs_everywhere() -> None:
+    assert RUNTIMES[0] == REFERENCE
+    assert runtime_kind(REFERENCE).device_types == ("cpu", "cuda")
+
+
+def test_variants_tell_runtimes_and_exports_apart(load: Callable[[RuntimeKind], Backbone]) -> None:
+    variants = [load(kind).variant for kind in HERE]
+    assert len(set(variants)) == len(variants)
+    assert variants[0] == REFERENCE
+
+
+# -- exports -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_equal_weights_give_equal_exports(tiny_artefact: BackboneArtefact, float_export: bytes) -> None:
+    again = export_float(Embedding(tiny_artefact.model(), tiny_artefact.manifest.preprocessing), (32, 32))
+    assert again == float_export
+
+
+def test_an_export_takes_pixels_of_any_batch_and_tells_nothing_of_this_machine(float_export: bytes) -> None:
+    graph = onnx.load_model_from_string(float_export).graph
+    (given,), (made,) = graph.input, graph.output
+    assert (given.name, made.name) == (INPUT, OUTPUT)
+    assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert given.type.tensor_type.shape.dim[0].dim_param
+    assert b".py" not in float_export
+
+
+def test_int8_weights_take_a_quarter_of_the_bytes(export_of: MakeExport, float_export: bytes) -> None:
+    export = export_of(runtime_kind("openvino-int8"))
+    assert export is not None and len(export) < 0.35 * len(float_export)
+    graph = onnx.load_model_from_string(export).graph
+    quantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert len(quantised) == 4 * 12  # qkv, projection and two MLP layers of each block
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HERE if kind.export], ids=lambda kind: kind.name)
+def test_a_damaged_export_is_refused(
+    kind: RuntimeKind, tiny_artefact: BackboneArtefact, float_export: bytes
+) -> None:
+    for damaged in (b"", b"not a graph", float_export[: len(float_export) // 2]):
+        with pytest.raises(InvalidBackbone, match=f"{kind.engine} cannot load the exported backbone"):
+            Backbone.load(tiny_artefact, "cpu", kind.name, export=damaged)
+
+
+def test_a_runtime_without_its_export_points_to_tuning(tiny_artefact: BackboneArtefact) -> None:
+    with pytest.raises(InvalidBackbone, match="needs an exported form: run `tosca backbone tune`"):
+        Backbone.load(tiny_artefact, "cpu", "onnxruntime-float32")
+
+
+def test_a_backbone_too_large_for_a_graph_is_refused(
+    tiny_artefact: BackboneArtefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_store.runtimes.onnx_export.MAX_BYTES", 2**24 + 1000)
+    embedding = Embedding(tiny_artefact.model(), tiny_artefact.manifest.preprocessing)
+    with pytest.raises(InvalidBackbone, match="exceed the 2 GiB"):
+        export_float(embedding, (32, 32))
+
+
+def test_a_runtime_for_another_device_is_not_available() -> None:
+    reason = runtime_kind("onnxruntime-float32").unavailable_on(torch.device("cuda"))
+    assert reason == "runs on cpu and not on cuda"
+
+
+def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model_store.runtimes.runtime.find_spec", lambda _: None)
+    reason = runtime_kind("openvino-int8").unavailable_on(CPU)
+    assert reason is not None and "pip install 'tosca-serving[openvino]'" in reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("batch", [1, 3, 64, 70])
+def test_graphs_on_cuda_agree_with_torch_on_the_cpu(
+    batch: int, tiny_artefact: BackboneArtefact, tiny_backbone: Backbone
+) -> None:
+    cls_BD = Backbone.load(tiny_artefact, "cuda", "torch-float32").embed(pixels(batch)).cpu()
+    torch.testing.assert_close(cls_BD, tiny_backbone.embed(pixels(batch)), rtol=1e-3, atol=1e-3)

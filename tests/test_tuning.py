@@ -1,0 +1,230 @@
+"""Choosing a runtime: by measurement, behind a gate, kept in the store and used by everybody."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import write_splits
+
+from model_store import measuring
+from model_store.backbone import Backbone, BackboneArtefact
+from model_store.backbone_loading import load_backbone
+from model_store.bank import ModuleBank
+from model_store.errors import CorruptStore, InvalidBackbone, InvalidDataset
+from model_store.measuring import Plan, Tuned, tune
+from model_store.module_file import read_module
+from model_store.parity import LabelledPixels, bank_answers, class_mean_answers, compare, read_labelled
+from model_store.runtimes.runtime import REFERENCE
+from model_store.store import ModelStore
+from model_store.tuning import Gate, Measurement, Parity, Tuning, fastest, hardware_name
+
+CPU = torch.device("cpu")
+ONNX = "onnxruntime-float32"
+
+
+def quick(*runtimes: str) -> Plan:
+    return Plan(runtimes, device="cpu", batch_sizes=(1, 2), num_rounds=1)
+
+
+def parity(**changes: float) -> Parity:
+    sound = {
+        "num_pictures": 1000,
+        "mean_cosine": 0.999,
+        "min_cosine": 0.99,
+        "task_flips": 0.0,
+        "label_flips": 0.01,
+        "accuracy": 0.9,
+        "reference_accuracy": 0.9,
+    }
+    return Parity.model_validate(sound | changes)
+
+
+def measurement(name: str, speedup: float, refused: str | None = None) -> Measurement:
+    return Measurement(runtime=name, refused=refused, speedup={1: 9.0, 8: speedup})
+
+
+# -- the gate ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"mean_cosine": 0.9949}, "mean cosine 0.9949 is below 0.995"),
+        ({"min_cosine": 0.96}, "the worst cosine 0.9600 is below 0.97"),
+        ({"task_flips": 0.005}, None),
+        ({"task_flips": 0.006}, "0.60% of the pictures get another task"),
+        ({"accuracy": 0.89}, None),
+        ({"accuracy": 0.888}, "accuracy falls by 1.20%"),
+        ({"accuracy": 0.95}, None),
+        ({"num_pictures": 20, "task_flips": 0.05}, None),
+        ({"num_pictures": 20, "task_flips": 0.1}, "10.00% of the pictures get another task"),
+    ],
+)
+def test_the_gate_refuses_what_answers_otherwise(changes: dict[str, float], fault: str | None) -> None:
+    found = parity(**changes).fault(Gate())
+    assert (found is None) if fault is None else (found or "").startswith(fault)
+
+
+def test_the_fastest_at_the_largest_batch_is_chosen_among_those_that_passed() -> None:
+    table = (measurement("a", 2.0), measurement("b", 5.0, refused="too rough"), measurement("c", 3.0))
+    chosen = fastest(table)
+    assert chosen is not None and chosen.runtime == "c"
+    assert fastest((measurement("b", 5.0, refused="too rough"),)) is None
+
+
+# -- parity ------------------------------------------------------------------------------------------
+
+
+def test_parity_counts_flips_and_right_answers() -> None:
+    reference_ND = torch.eye(4)
+    truth = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    answering = class_mean_answers(reference_ND, truth)
+    assert answering(reference_ND) == truth
+    swapped_ND = reference_ND[[0, 1, 3, 0]]  # the third changes its label, the fourth its task
+    found = compare(swapped_ND, reference_ND, answering, truth)
+    assert (found.task_flips, found.label_flips) == (0.25, 0.5)
+    assert (found.accuracy, found.reference_accuracy) == (0.5, 1.0)
+    assert (found.mean_cosine, found.min_cosine) == (0.5, 0.0)
+
+
+def test_the_bank_answers_where_it_holds_the_tasks(
+    make_module: Callable[..., bytes], tiny_backbone: Backbone
+) -> None:
+    bank = ModuleBank.build(
+        [read_module(make_module("birds", seed=1)).module],
+        revision=1,
+        backbone_fingerprint=tiny_backbone.fingerprint,
+        feature_dim=tiny_backbone.feature_dim,
+    )
+    assert {task for task, _ in bank_answers(bank)(torch.randn(3, tiny_backbone.feature_dim))} == {"birds"}
+
+
+def test_labels_and_tasks_come_from_the_folders(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    folders = {name: write_splits(tmp_path / name, train=2, test=2) for name in ("birds", "cars")}
+    found = read_labelled(folders, tiny_backbone.preprocessing, 24)
+    assert len(found.truth) == len(found.pixels_NCHW) == 24
+    assert {task for task, _ in found.truth} == {"birds", "cars"}
+    assert {label for _, label in found.truth} == {"blue", "green", "red"}
+
+
+def test_pictures_are_spread_over_all_classes(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    folder = write_splits(tmp_path / "birds", train=10)
+    few = read_labelled({"birds": folder}, tiny_backbone.preprocessing, 6)
+    assert sorted(label for _, label in few.truth) == ["blue", "blue", "green", "green", "red", "red"]
+
+
+def test_a_folder_without_pictures_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    (tmp_path / "readme.jpg").write_text("no picture")
+    with pytest.raises(InvalidDataset, match="holds no readable pictures"):
+        read_labelled({"birds": tmp_path}, tiny_backbone.preprocessing, 6)
+
+
+# -- measuring ---------------------------------------------------------------------------------------
+
+
+def test_the_table_has_speed_and_parity_of_every_runtime(tiny_tuned: Tuned) -> None:
+    table = tiny_tuned.tuning.table
+    (one,) = table
+    assert one.runtime == tiny_tuned.tuning.chosen == ONNX and one.refused is None
+    assert one.parity is not None and one.parity.mean_cosine > 0.99999
+    assert one.images_per_s.keys() == one.latency_ms.keys() == one.speedup.keys() == {1, 2}
+    assert all(value > 0.0 for value in one.images_per_s.values())
+    assert tiny_tuned.tuning.hardware == hardware_name(CPU)
+
+
+def test_a_runtime_that_fails_the_gate_is_never_chosen(
+    tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime whose vectors are noise, however fast, is refused with the figure."""
+    sound = measuring.embed_all
+
+    def noisy(backbone: Backbone, pixels_NCHW: torch.Tensor) -> torch.Tensor:
+        cls_ND = sound(backbone, pixels_NCHW)
+        return cls_ND if backbone.runtime_name == REFERENCE else torch.randn(cls_ND.shape)
+
+    monkeypatch.setattr(measuring, "embed_all", noisy)
+    monkeypatch.setattr(measuring, "paired_seconds", lambda *_: (1e-9, 1e9))
+    tuned = tune(tiny_artefact, labelled_pixels, quick("torch-bfloat16", REFERENCE))
+    assert tuned.tuning.chosen == REFERENCE and tuned.export is None
+    refused = tuned.tuning.measurement("torch-bfloat16")
+    assert refused is not None and "mean cosine" in (refused.refused or "")
+    with pytest.raises(InvalidBackbone, match="no runtime passes: torch-bfloat16: mean cosine"):
+        tune(tiny_artefact, labelled_pixels, quick("torch-bfloat16"))
+
+
+def test_what_is_not_installed_is_left_out(
+    tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model_store.runtimes.runtime.find_spec", lambda name: name == "torch" or None)
+    tuned = tune(tiny_artefact, labelled_pixels, quick(ONNX, REFERENCE))
+    assert tuned.tuning.chosen == REFERENCE
+    assert "not installed" in (tuned.tuning.table[0].refused or "")
+
+
+# -- keeping and using -------------------------------------------------------------------------------
+
+
+def test_everybody_uses_the_tuned_runtime(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    assert load_backbone(tiny_store, device="cpu").runtime_name == REFERENCE
+    tiny_store.put_tuning(tiny_tuned.tuning, tiny_tuned.export)
+    loaded = load_backbone(tiny_store, device="cpu")
+    assert loaded.runtime_name == "onnxruntime-float32"
+    assert loaded.fingerprint == tiny_store.require_head().backbone_fingerprint
+    assert load_backbone(tiny_store, device="cpu", runtime="torch-bfloat16").precision == "bfloat16"
+
+
+def test_the_newest_tuning_of_this_hardware_counts(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    record = tiny_tuned.tuning
+    tiny_store.put_tuning(record.model_copy(update={"chosen": REFERENCE}), None)
+    tiny_store.put_tuning(record.model_copy(update={"chosen": "torch-bfloat16"}), None)
+    assert tiny_store.put_tuning(record.model_copy(update={"hardware": "another"}), None) == 3
+    found = tiny_store.tuning(record.backbone_fingerprint, record.hardware)
+    assert found is not None and found.chosen == "torch-bfloat16"
+    assert tiny_store.tuning(record.backbone_fingerprint, "nowhere") is None
+    assert Tuning.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_tuning_leaves_the_backbone_as_it_was(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    before = tiny_store.backbones()
+    tiny_store.put_tuning(tiny_tuned.tuning, tiny_tuned.export)
+    assert tiny_store.backbones() == before
+    assert tiny_store.require_head().number == 1
+
+
+def test_a_refused_runtime_cannot_be_asked_for(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    refused = Measurement(runtime="torch-bfloat16", refused="mean cosine 0.5 is below 0.995")
+    record = tiny_tuned.tuning.model_copy(update={"chosen": REFERENCE, "table": (refused,)})
+    tiny_store.put_tuning(record, None)
+    with pytest.raises(InvalidBackbone, match=r"torch-bfloat16 was refused .* mean cosine 0.5"):
+        load_backbone(tiny_store, device="cpu", runtime="torch-bfloat16")
+
+
+def test_a_runtime_that_was_not_chosen_has_no_export(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    with pytest.raises(InvalidBackbone, match="run `tosca backbone tune --runtime onnxruntime-float32`"):
+        load_backbone(tiny_store, device="cpu", runtime="onnxruntime-float32")
+    record = tiny_tuned.tuning.model_copy(update={"chosen": REFERENCE})
+    tiny_store.put_tuning(record, None)
+    with pytest.raises(InvalidBackbone, match="has no exported form"):
+        load_backbone(tiny_store, device="cpu", runtime="onnxruntime-float32")
+
+
+def test_a_tuned_engine_that_is_missing_here_is_passed_over(
+    tiny_store: ModelStore,
+    tiny_tuned: Tuned,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tiny_store.put_tuning(tiny_tuned.tuning, tiny_tuned.export)
+    monkeypatch.setattr("model_store.runtimes.runtime.find_spec", lambda name: name == "torch" or None)
+    assert load_backbone(tiny_store, device="cpu").runtime_name == REFERENCE
+    assert "onnxruntime-float32 is passed over" in caplog.text
+
+
+def test_a_damaged_export_is_refused_by_its_digest(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    tiny_store.put_tuning(tiny_tuned.tuning, tiny_tuned.export)
+    (path,) = Path(tiny_store.url).glob("backbones/*/exports/*.onnx")
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CorruptStore, match="reads back with SHA-256"):
+        load_backbone(tiny_store, device="cpu")
