@@ -533,7 +533,7 @@ def test_unseen_calibration_vectors_are_answered_like_any_other() -> None:
 
 
 def test_calibration_vectors_inside_the_statistics_do_not_vouch_for_themselves() -> None:
-    bank = build_bank(random_modules(3, spread=2.0, inside=True))
+    bank = build_bank(random_modules(3, spread=1.0, inside=True))
     lower = 0
     for t, module in enumerate(bank.modules):
         answers = bank.answer_calibration(module.task)

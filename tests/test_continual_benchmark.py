@@ -256,6 +256,7 @@ def test_a_stream_runs_from_pictures_to_plots(tmp_path: Path, invoke: Callable[.
     plots = {path.name for path in (tmp_path / "plots").iterdir()}
     assert plots == {
         "accuracy.png",
+        "coverage.png",
         "reliability.png",
         "matrix-default.png",
         "matrix-simplecil.png",

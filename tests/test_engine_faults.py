@@ -62,7 +62,7 @@ def bank(tiny_backbone: Backbone, make_module: MakeModule) -> ModuleBank:
 
 def engine_of(backbone: FaultyBackbone) -> Engine:
     # A device that waits a second for its batch takes all pictures of one request into one pass.
-    return Engine(backbone, Settings(max_batch_size=8, max_wait_s=1.0))
+    return Engine(backbone, Settings(max_batch_size=8, max_wait_s=1.0, cls_cache_bytes=0))
 
 
 # -- out of memory ---------------------------------------------------------------------------------------

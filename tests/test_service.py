@@ -475,7 +475,7 @@ BAD_VECTORS = {
     "none": ([], "at least 1 item"),
     "too large": ([[1e30] * 192], "beyond ±10000"),
     "words": ([["much"] * 192], "valid number"),
-    "too many": ([[0.5] * 192] * 9, "9 pictures in one request, at most 8"),
+    "too many": ([[0.5] * 192] * 9, "more than the 1544 elements"),
 }
 
 
