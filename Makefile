@@ -85,9 +85,9 @@ soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer r
 	touch $@
 
 # torch and torchvision are left out: their CPU and CUDA builds carry the same version and other hashes.
-lock: .tosca/lock-tools/.installed ## rewrite requirements.lock: what the service needs, pinned, with hashes
+lock: .tosca/lock-tools/.installed ## rewrite requirements.lock: what the service needs on a CPU, pinned, with hashes
 	CUSTOM_COMPILE_COMMAND="make lock" .tosca/lock-tools/bin/pip-compile --quiet --generate-hashes --strip-extras \
-	  --extra service --constraint constraints.txt --unsafe-package torch --unsafe-package torchvision \
+	  --extra service --extra openvino --constraint constraints.txt --unsafe-package torch --unsafe-package torchvision \
 	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate \
 	  --output-file requirements.lock pyproject.toml
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What answered: enough to compute the same answer again."""
+    """What answered: enough to compute the same answer again, and who vouched for the module if signatures
+    are checked."""
 
     revision: int
     module_sha256: str
     backbone_fingerprint: str
+    signer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

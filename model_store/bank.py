@@ -10,7 +10,7 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -49,6 +49,7 @@ class ModuleBank:
     task_of_class_K: Tensor
     first_class: tuple[int, ...]
     true_probability_N: Tensor  # what calibration vectors, as if unseen, gave their true labels; ascending
+    signers: Mapping[str, str]  # trusted signers by SHA-256 of the module
     _index: dict[str, int] = field(repr=False)
     # Filled when a task first answers: a function of the rest, so that sharing it between threads is safe.
     _known_scores: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
@@ -63,6 +64,7 @@ class ModuleBank:
         feature_dim: int,
         device: torch.device | str = "cpu",
         previous: "ModuleBank | None" = None,
+        signers: Mapping[str, str] | None = None,
     ) -> "ModuleBank":
         """The bank of `modules`, whose tensors are already on `device`.
 
@@ -94,6 +96,7 @@ class ModuleBank:
             ).to(device),
             first_class=first_class,
             true_probability_N=torch.empty(0, dtype=torch.float64, device=device),
+            signers=dict(signers or {}),
             _index={module.task: i for i, module in enumerate(ordered)},
         )
         return bank._calibrated() if ordered else bank
@@ -267,6 +270,7 @@ class ModuleBank:
         best, *others = (self._choice(entry) for entry in found.entries)
         answering = self.modules[found.entries[0].task]
         level = abstain_level if answering.abstain_level is None else answering.abstain_level
+        module_sha256 = (answering if module_index is None else self.modules[module_index]).sha256
         prediction_set = None
         if threshold is not None:
             prediction_set = tuple(one for one in (best, *others) if one.probability >= threshold)
@@ -283,8 +287,9 @@ class ModuleBank:
             prediction_set=prediction_set,
             receipt=Receipt(
                 self.revision,
-                (answering if module_index is None else self.modules[module_index]).sha256,
+                module_sha256,
                 self.backbone_fingerprint,
+                self.signers.get(module_sha256),
             ),
             num_modules_evaluated=found.num_modules_evaluated,
         )

@@ -5,7 +5,7 @@ The service and the command line share this path; the service runs it off the re
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -28,7 +28,6 @@ class ActiveSet:
     revision: Revision
     bank: ModuleBank
     files: Mapping[str, ModuleFile]  # by task
-    signers: Mapping[str, str] = field(default_factory=dict)  # by SHA-256 of the module, trusted ones only
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,8 +160,8 @@ class Publisher:
             replaced = parent.revision.tasks.get(task) if task else None
             if wanted == parent.revision.tasks:
                 return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
-            built = self._build(wanted, parent.revision.number + 1, parent, new)
-            impact = compare_banks(parent.bank, built.bank, self._health)
+            files, bank = self._build(wanted, parent.revision.number + 1, parent, new)
+            impact = compare_banks(parent.bank, bank, self._health)
             _check_finite(impact)
             harmed = tuple(
                 one.task for one in impact.tasks if one.task != task and one.accuracy_loss > self.margin
@@ -176,7 +175,7 @@ class Publisher:
                 raise
             except Conflict:
                 continue
-            self._switch(ActiveSet(revision, built.bank, built.files, built.signers))
+            self._switch(ActiveSet(revision, bank, files))
             self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
             return Outcome(self.active, impact, published=True, replaced_sha256=replaced, harmed=harmed)
         raise Conflict(f"gave up after {_ATTEMPTS} attempts: other writers publish without pause")
@@ -191,8 +190,8 @@ class Publisher:
                 f"revision {revision.number} moved to backbone {revision.backbone_fingerprint[:12]}…: "
                 "restart to serve it"
             )
-        built = self._build(revision.tasks, revision.number, previous)
-        return ActiveSet(revision, built.bank, built.files, built.signers)
+        files, bank = self._build(revision.tasks, revision.number, previous)
+        return ActiveSet(revision, bank, files)
 
     def _signer_of(self, sha256: str, given: Sequence[Signature] = ()) -> str | None:
         if not self.trust.key_of and not self.trust.is_required:
@@ -205,9 +204,9 @@ class Publisher:
         number: int,
         previous: ActiveSet | None,
         new: "_NewFile | None" = None,
-    ) -> "_Built":
+    ) -> tuple[dict[str, ModuleFile], ModuleBank]:
         known = {file.sha256: file for file in previous.files.values()} if previous else {}
-        signers = dict(previous.signers) if previous else {}
+        signers = dict(previous.bank.signers) if previous else {}
         if new is not None:
             known[new.file.sha256] = new.file
             signers |= {new.file.sha256: new.signer} if new.signer else {}
@@ -223,6 +222,7 @@ class Publisher:
                 raise CorruptStore(
                     f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
                 )
+        active = set(tasks.values())
         bank = ModuleBank.build(
             (file.module for file in files.values()),
             revision=number,
@@ -230,9 +230,9 @@ class Publisher:
             feature_dim=self.backbone.feature_dim,
             device=self.device,
             previous=previous.bank if previous else None,
+            signers={sha256: name for sha256, name in signers.items() if sha256 in active},
         )
-        active = set(tasks.values())
-        return _Built(files, bank, {sha256: name for sha256, name in signers.items() if sha256 in active})
+        return files, bank
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,15 +241,6 @@ class _NewFile:
 
     file: ModuleFile
     signer: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Built:
-    """An active set that no revision names yet."""
-
-    files: Mapping[str, ModuleFile]
-    bank: ModuleBank
-    signers: Mapping[str, str]
 
 
 def _check_finite(impact: ImpactReport) -> None:

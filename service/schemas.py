@@ -58,6 +58,9 @@ class ReceiptOut(Strict):
     revision: int = Field(examples=[7])
     module_sha256: str = Field(examples=[_SHA])
     backbone_fingerprint: str = Field(examples=[_SHA])
+    signer: str | None = Field(
+        None, description="The trusted signer of the module, if signatures are checked.", examples=["ci"]
+    )
 
 
 class ChoiceOut(Strict):

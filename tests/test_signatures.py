@@ -112,12 +112,12 @@ def test_a_required_signature_is_asked_of_files_and_of_the_store(
     assert publisher.active is before
     assert tiny_store.head_number() == 1
     publisher.register(data, signature=sign(digest(data), CI))
-    assert publisher.active.signers == {digest(data): "ci"}
-    assert Publisher(tiny_store, trust=trust).active.signers == {digest(data): "ci"}  # kept in the store
+    assert publisher.active.bank.signers == {digest(data): "ci"}
+    assert Publisher(tiny_store, trust=trust).active.bank.signers == {digest(data): "ci"}  # kept in the store
     publisher.remove("birds")
-    assert publisher.active.signers == {}
+    assert publisher.active.bank.signers == {}
     publisher.rollback(2)
-    assert publisher.active.signers == {digest(data): "ci"}
+    assert publisher.active.bank.signers == {digest(data): "ci"}
 
 
 def test_a_second_writer_cannot_smuggle_an_unsigned_module_in(
@@ -139,7 +139,7 @@ def test_a_damaged_signature_in_the_store_is_no_signature(tiny_store: ModelStore
     assert tiny_store.signatures(SHA) == [sign(SHA, CI)]
 
 
-def test_over_http_the_signature_is_a_header_and_the_signer_is_listed(
+def test_over_http_the_signature_is_a_header_and_the_signer_is_listed_and_in_the_receipt(
     tiny_store: ModelStore, tiny_backbone: Backbone, signers: Path, make_module: MakeModule
 ) -> None:
     settings = Settings(
@@ -158,7 +158,8 @@ def test_over_http_the_signature_is_a_header_and_the_signer_is_listed(
         assert client.get("/tasks").json()["tasks"] == []
         assert post(sign(digest(data), CI).model_dump_json()) == 201
         assert client.get("/tasks/birds").json()["signer"] == "ci"
-        assert client.post("/predict", content=encoded(noise())).status_code == 200
+        [answer] = client.post("/predict", content=encoded(noise())).json()["predictions"]
+        assert answer["receipt"]["signer"] == "ci"
 
 
 def test_a_signature_is_kept_in_a_documented_form() -> None:

@@ -94,4 +94,4 @@ async def remove_task(task: str, state: State, caller: Administering, reason: Re
 
 def _task(active: ActiveSet, task: str) -> TaskOut:
     file = active.files[task]
-    return TaskOut.of(file, active.signers.get(file.sha256))
+    return TaskOut.of(file, active.bank.signers.get(file.sha256))
