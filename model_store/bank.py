@@ -16,16 +16,16 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from model_store.answers import Answer, Choice, Receipt
 from model_store.blend import Blend, Evidence, fit_blend
 from model_store.conformal import conformal_p_values, coverage_threshold
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY, Entry, Found, JointModel, KnownLogits
+from model_store.known_vectors import sample_evidence, unseen_scores
 from model_store.label_spaces import LabelSpace, arrange_label_spaces, number_labels
-from model_store.leave_one_out import leave_one_out_scores
-from model_store.selection import Selection, WhitenedCosine, entropy, task_log_probs
+from model_store.published_rule import least_uncertain
+from model_store.selection import Selection, WhitenedCosine, task_log_probs
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
 
@@ -193,6 +193,10 @@ class ModuleBank:
     def _classes(self, t: int) -> slice:
         return self._joint.classes(t)
 
+    @property
+    def _all_classes(self) -> slice:
+        return slice(0, len(self.task_of_class_K))
+
     def _certain_of(self, t: int, cls_BD: Tensor) -> Tensor:
         """[B, T] log-probabilities of a task that the client has named."""
         log_task_BT = cls_BD.new_full((cls_BD.shape[0], len(self.modules)), -torch.inf, dtype=torch.float64)
@@ -226,31 +230,20 @@ class ModuleBank:
     def _answer_by_entropy(
         self, cls_BD: Tensor, score_BK: Tensor, top_k: int, abstain_level: float
     ) -> list[Answer]:
-        """As published, per image: every module scores the classes of all tasks on its own output; the
-        one with the least entropy answers, over all classes. Label spaces play no part."""
-        head_KD = torch.cat([F.normalize(module.head.weight_KD, dim=-1) for module in self.modules])
-        best_entropy_B = cls_BD.new_full((cls_BD.shape[0],), torch.inf, dtype=torch.float64)
-        best_prob_BK = cls_BD.new_zeros((cls_BD.shape[0], head_KD.shape[0]), dtype=torch.float64)
-        module_B = torch.zeros(cls_BD.shape[0], dtype=torch.int64, device=self.device)
-        for t, module in enumerate(self.modules):
-            log_prob_BK = module.log_probs_over(cls_BD, head_KD)
-            entropy_B = entropy(log_prob_BK)
-            better_B = entropy_B < best_entropy_B
-            best_entropy_B = torch.where(better_B, entropy_B, best_entropy_B)
-            best_prob_BK = torch.where(better_B[:, None], log_prob_BK.exp(), best_prob_BK)
-            module_B = torch.where(better_B, t, module_B)
-        value_BK, class_BK = best_prob_BK.topk(min(top_k, head_KD.shape[0]), dim=1)
+        """The published rule. It answers over the classes of all tasks; label spaces play no part."""
+        rule = least_uncertain(self.modules, cls_BD)
+        value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
         p_values = self._p_values(score_BK, task_BK[:, 0])
         answers = []
-        for b, module_index in enumerate(module_B.tolist()):
+        for b, module_index in enumerate(rule.module_B.tolist()):
             entries = tuple(
                 Entry(value, t, k - self.first_class[t])
                 for value, t, k in zip(
                     value_BK[b].tolist(), task_BK[b].tolist(), class_BK[b].tolist(), strict=True
                 )
             )
-            task_probability = float(best_prob_BK[b, self._classes(entries[0].task)].sum())
+            task_probability = float(rule.prob_BK[b, self._classes(entries[0].task)].sum())
             found = Found(entries, len(self.modules))
             answers.append(
                 self._compose(found, task_probability, p_values[b], top_k, None, abstain_level, module_index)
@@ -305,7 +298,7 @@ class ModuleBank:
         """Answers on a task's calibration set, each vector treated as unseen by its own task."""
         t = self._find(task)
         calibration = self.modules[t].calibration
-        score_MK = self._unseen_scores(t)
+        score_MK = self._unseen_scores(t, self._all_classes)
         log_task_MT = self._task_log_probs(score_MK)
         known = KnownLogits(t, calibration.held_out_logits_MK)
         found = self._joint.search(calibration.cls_MD.float(), score_MK, log_task_MT, 1, known=known)
@@ -316,7 +309,10 @@ class ModuleBank:
 
     def _calibrated(self) -> "ModuleBank":
         """With the blend fitted on calibration vectors as if unseen, and what it makes of their labels."""
-        evidence = self._sampled_evidence()
+        assert self.selector is not None, "a bank with tasks has a selector"
+        evidence = sample_evidence(
+            self.selector, self.modules, self.first_class, self._all_classes.stop, MAX_BLEND_VECTORS
+        )
         bank = replace(self, blend=fit_blend(evidence, number_labels(self.spaces, len(self.modules))))
         space_of = {t: space for space in self.spaces for t in space.members}
         probabilities = [bank._true_probabilities(one, space_of[one.task]) for one in evidence]
@@ -339,7 +335,7 @@ class ModuleBank:
         """As `true_probability_N`, of one task's vectors with the task known."""
         calibration = self.modules[t].calibration
         log_class_MC = self.blend.class_log_probs(
-            calibration.held_out_logits_MK, self._unseen_scores(t, own_classes=True)
+            calibration.held_out_logits_MK, self._unseen_scores(t, self._classes(t))
         )
         return log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp().sort().values
 
@@ -347,50 +343,13 @@ class ModuleBank:
     def _known_scores_of(self, t: int) -> Tensor:
         """[M] best selection scores of task t's calibration vectors among its own classes, ascending."""
         if t not in self._known_scores:
-            best_M = self._unseen_scores(t, own_classes=True).amax(dim=1)
+            best_M = self._unseen_scores(t, self._classes(t)).amax(dim=1)
             self._known_scores[t] = best_M.sort().values
         return self._known_scores[t]
 
-    def _unseen_scores(self, t: int, rows: Tensor | None = None, own_classes: bool = False) -> Tensor:
-        """[M, K] selection scores of task t's calibration vectors, without their own contribution; of all
-        classes, or of the task's own."""
+    def _unseen_scores(self, t: int, classes: slice) -> Tensor:
         assert self.selector is not None, "a bank with tasks has a selector"
-        module = self.modules[t]
-        calibration = module.calibration
-        classes = self._classes(t) if own_classes else slice(0, len(self.task_of_class_K))
-        rows = torch.arange(len(calibration), device=self.device) if rows is None else rows
-        x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
-        count_N = module.statistics.count_K.to(self.device)[label_N]
-        inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
-        score_NK = x_ND.new_empty((len(rows), classes.stop - classes.start), dtype=torch.float64)
-        score_NK[~inside_N] = self.selector.scores(x_ND[~inside_N], classes)
-        score_NK[inside_N] = leave_one_out_scores(
-            self.selector,
-            x_ND[inside_N],
-            label_N[inside_N] + self.first_class[t],
-            count_N[inside_N],
-            classes,
-        )
-        return score_NK
-
-    def _sampled_evidence(self) -> list[Evidence]:
-        """Calibration vectors of all tasks as if unseen, at most MAX_BLEND_VECTORS together."""
-        step = -(-len(self.modules) // MAX_BLEND_VECTORS) or 1
-        return [self._evidence(t) for t in range(0, len(self.modules), step)]
-
-    def _evidence(self, t: int) -> Evidence:
-        calibration = self.modules[t].calibration
-        quota = max(1, MAX_BLEND_VECTORS // len(self.modules))
-        size = len(calibration)
-        rows = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long().to(self.device)
-        return Evidence(
-            task=t,
-            row_N=rows,
-            label_N=calibration.label_M[rows],
-            score_NK=self._unseen_scores(t, rows),
-            logits_NC=calibration.held_out_logits_MK[rows],
-            first_class=self.first_class[t],
-        )
+        return unseen_scores(self.selector, self.modules[t], self.first_class[t], classes)
 
 
 def _pool(modules: tuple[TaskModule, ...], feature_dim: int, previous: ModuleBank | None) -> PooledStatistics:

@@ -23,6 +23,7 @@ from model_store.bank import MAX_BLEND_VECTORS, ModuleBank
 from model_store.blend import MIN_VECTORS, Blend
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
+from model_store.known_vectors import sample_evidence
 from model_store.selection import OUTSIDE_SHARE, PRIOR_IMAGES, SHRINKAGE
 from model_store.task_module import TaskModule
 
@@ -519,9 +520,15 @@ def test_a_task_without_calibration_vectors_leaves_the_blend_to_the_others() -> 
     assert all(0.0 <= answer.confidence <= 1.0 for answer in bank.answer(near(bank, 10)))
 
 
-def test_the_blend_is_fitted_on_a_bounded_number_of_vectors() -> None:
+@pytest.mark.parametrize("max_vectors", [1, 2, 7, 20, MAX_BLEND_VECTORS])
+def test_the_blend_is_fitted_on_a_bounded_number_of_vectors(max_vectors: int) -> None:
     bank = build_bank(plenty())
-    assert sum(len(one.label_N) for one in bank._sampled_evidence()) <= MAX_BLEND_VECTORS
+    assert bank.selector is not None
+    num_classes = len(bank.task_of_class_K)
+    evidence = sample_evidence(bank.selector, bank.modules, bank.first_class, num_classes, max_vectors)
+    size = sum(len(one.label_N) for one in evidence)
+    assert 1 <= size <= max_vectors
+    assert len(evidence) == min(max_vectors, len(bank)) or max_vectors == 2, "of as many tasks as fit"
 
 
 def test_unseen_calibration_vectors_are_answered_like_any_other() -> None:
