@@ -11,7 +11,8 @@ from model_store.console import DEFAULT_STORE
 from model_store.decoding import ImageLimits
 from model_store.publishing import DEFAULT_MARGIN
 
-DEFAULT_ABSTAIN_LEVEL = 0.01
+# The least p-value of a task with M calibration vectors is 1/(M + 1): below that it never abstains.
+DEFAULT_ABSTAIN_LEVEL = 0.02
 
 Bytes = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(ge=0.0)]
