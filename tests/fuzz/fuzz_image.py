@@ -7,9 +7,10 @@ import atheris
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-with atheris.instrument_imports(include=["model_store.preprocess", "PIL"]):
+with atheris.instrument_imports(include=["model_store.preprocess", "model_store.decoding", "PIL"]):
+    from model_store.decoding import FORMATS, ImageLimits
     from model_store.errors import InvalidImage
-    from model_store.preprocess import FORMATS, ImageLimits, Preprocessing, load_pixels
+    from model_store.preprocess import Preprocessing, load_pixels
 
 import torch
 from pictures import encoded, noise
