@@ -33,6 +33,15 @@ from model_store.task_module import TaskModule
 MAX_BLEND_VECTORS = 4096
 
 
+@dataclass(frozen=True, slots=True)
+class _KnownVectors:
+    """What one task's calibration vectors get as if unseen, ascending: the best selection score among its
+    own classes, and the probability of the true class with the task known."""
+
+    best_score_M: Tensor
+    true_probability_M: Tensor
+
+
 @dataclass(frozen=True)
 class ModuleBank:
     """All active tasks of one revision, sorted by name, with what depends on them together."""
@@ -52,7 +61,7 @@ class ModuleBank:
     signers: Mapping[str, str]  # trusted signers by SHA-256 of the module
     _index: dict[str, int] = field(repr=False)
     # Filled when a task first answers: a function of the rest, so that sharing it between threads is safe.
-    _known_scores: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _known_vectors: dict[int, _KnownVectors] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -145,9 +154,8 @@ class ModuleBank:
         if task is not None:
             t = self._find(task)
             if coverage is not None:
-                threshold = coverage_threshold(self._true_probabilities_within(t), coverage)
-            found = self._search_within(cls_BD, score_BK, t, top_k, threshold)
-            log_task_BT = self._certain_of(t, cls_BD)
+                threshold = coverage_threshold(self._known_vectors_of(t).true_probability_M, coverage)
+            joint, log_task_BT = self._joint_within(t), self._certain_of(t, cls_BD)
         elif selection == "entropy":
             if coverage is not None:
                 raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
@@ -155,8 +163,8 @@ class ModuleBank:
         else:
             if coverage is not None:
                 threshold = coverage_threshold(self.true_probability_N, coverage)
-            log_task_BT = self._task_log_probs(score_BK)
-            found = self._joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
+            joint, log_task_BT = self._joint, self._task_log_probs(score_BK)
+        found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
         winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
         p_values = self._p_values(score_BK, winner_B)
@@ -203,20 +211,11 @@ class ModuleBank:
         log_task_BT[:, t] = 0.0
         return log_task_BT
 
-    def _search_within(
-        self,
-        cls_BD: Tensor,
-        score_BK: Tensor,
-        t: int,
-        top_k: int,
-        threshold: float | None,
-        known: KnownLogits | None = None,
-    ) -> list[Found]:
-        """As the search over all, with task `t` alone, whatever space it belongs to."""
+    def _joint_within(self, t: int) -> JointModel:
+        """The joint model of task `t` alone, whatever space it belongs to."""
         labels = self.modules[t].labels
         alone = LabelSpace((t,), labels, (torch.arange(len(labels), device=self.device),))
-        joint = replace(self._joint, spaces=(alone,))
-        return joint.search(cls_BD, score_BK, self._certain_of(t, cls_BD), top_k, threshold, known)
+        return replace(self._joint, spaces=(alone,))
 
     def _p_values(self, score_BK: Tensor, winner_B: Tensor) -> list[float]:
         """How typical each picture is of the task that answers it: conformal, by its best selection score."""
@@ -224,7 +223,7 @@ class ModuleBank:
         for t in winner_B.unique().tolist():
             rows = (winner_B == t).nonzero().squeeze(1)
             best_N = score_BK[rows, self._classes(t)].max(dim=1).values
-            p_value_B[rows] = conformal_p_values(best_N, self._known_scores_of(t))
+            p_value_B[rows] = conformal_p_values(best_N, self._known_vectors_of(t).best_score_M)
         return p_value_B.tolist()
 
     def _answer_by_entropy(
@@ -331,21 +330,16 @@ class ModuleBank:
         return prob_NL.gather(1, position_C[evidence.label_N][:, None]).squeeze(1)
 
     @torch.inference_mode()
-    def _true_probabilities_within(self, t: int) -> Tensor:
-        """As `true_probability_N`, of one task's vectors with the task known."""
-        calibration = self.modules[t].calibration
-        log_class_MC = self.blend.class_log_probs(
-            calibration.held_out_logits_MK, self._unseen_scores(t, self._classes(t))
-        )
-        return log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp().sort().values
-
-    @torch.inference_mode()
-    def _known_scores_of(self, t: int) -> Tensor:
-        """[M] best selection scores of task t's calibration vectors among its own classes, ascending."""
-        if t not in self._known_scores:
-            best_M = self._unseen_scores(t, self._classes(t)).amax(dim=1)
-            self._known_scores[t] = best_M.sort().values
-        return self._known_scores[t]
+    def _known_vectors_of(self, t: int) -> _KnownVectors:
+        if t not in self._known_vectors:
+            calibration = self.modules[t].calibration
+            score_MC = self._unseen_scores(t, self._classes(t))
+            log_class_MC = self.blend.class_log_probs(calibration.held_out_logits_MK, score_MC)
+            true_probability_M = log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp()
+            self._known_vectors[t] = _KnownVectors(
+                score_MC.amax(dim=1).sort().values, true_probability_M.sort().values
+            )
+        return self._known_vectors[t]
 
     def _unseen_scores(self, t: int, classes: slice) -> Tensor:
         assert self.selector is not None, "a bank with tasks has a selector"

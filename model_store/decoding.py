@@ -17,6 +17,7 @@ from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageForm
 # Raise it with every change of the pixels below. 1 decoded JPEGs at full size and took all colours for sRGB.
 DECODING: Literal[2] = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _WHITE = (255, 255, 255, 255)
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURN = {

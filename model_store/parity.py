@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model_store.bank import ModuleBank
-from model_store.decoding import ImageLimits
+from model_store.decoding import IMAGE_SUFFIXES, ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
 from model_store.preprocess import Preprocessing, load_pixels
 from model_store.tuning import Parity
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 Answer = tuple[str, str]  # task, label
 Answering = Callable[[Tensor], list[Answer]]
 
@@ -42,7 +41,9 @@ def read_labelled(
     pixels: list[Tensor] = []
     truth: list[Answer] = []
     for task, folder in folders.items():
-        files = sorted(one for one in folder.rglob("*") if one.suffix.lower() in SUFFIXES and one.is_file())
+        files = sorted(
+            one for one in folder.rglob("*") if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file()
+        )
         before = len(pixels)
         for path in spread(files, max(1, max_pictures // len(folders))):
             try:
