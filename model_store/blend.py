@@ -98,7 +98,7 @@ def fit_blend(evidence: Sequence[Evidence], number_K: Tensor) -> Blend:
 
 
 def _own_scores(one: Evidence) -> Tensor:
-    return one.score_NK[:, one.first_class : one.first_class + one.logits_NC.shape[1]]
+    return one.score_NK[:, one.first_class : one.first_class + one.logits_NC.shape[1]].double()
 
 
 def _widen(value_NC: Tensor, width: int) -> Tensor:
