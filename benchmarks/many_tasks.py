@@ -7,12 +7,18 @@ unrelated trained tasks. Every task has weights of its own in memory, as real on
 
 import copy
 import hashlib
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from model_store.backbone import BackboneManifest
 from model_store.task_module import TaskModule
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from random_modules import module_bytes
 
 
 def moved_task(module: TaskModule, task: str, distance: float, seed: int) -> TaskModule:
@@ -40,3 +46,12 @@ def task_distance(one: TaskModule, other: TaskModule) -> float:
     """Between the centres of two tasks' class means."""
     centres: list[Tensor] = [module.statistics.mean_KD.mean(dim=0) for module in (one, other)]
     return float((centres[0] - centres[1]).norm())
+
+
+def moved_file(
+    module: TaskModule, task: str, distance: float, seed: int, backbone: BackboneManifest
+) -> bytes:
+    """The module file of a moved task."""
+    moved = moved_task(module, task, distance, seed)
+    logits_MK = moved.logits(moved.calibration.cls_MD.float())
+    return module_bytes(replace(moved, calibration=replace(moved.calibration, logits_MK=logits_MK)), backbone)

@@ -171,6 +171,7 @@ def publish(
                 "replaced": outcome.replaced_sha256,
                 "harmed": outcome.harmed,
                 "impact": [asdict(one) for one in outcome.impact.tasks],
+                "num_unmeasured": outcome.impact.num_unmeasured,
             }
         )
         return
@@ -190,6 +191,8 @@ def _print_impact(impact: ImpactReport) -> None:
         ]
 
     print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in impact.tasks))
+    if impact.num_unmeasured:
+        out.print(f"{impact.num_unmeasured} more tasks, less like the changed ones, were not measured")
 
 
 @tasks_app.command("list")

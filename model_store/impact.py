@@ -13,7 +13,7 @@ from model_store.calibration import expected_calibration_error
 from model_store.known_vectors import pick_rows
 
 MAX_TASKS = 16  # measured for one report
-MAX_VECTORS = 64  # of one task, where classes are screened
+MAX_VECTORS = 32  # of one task, where classes are screened
 
 
 @dataclass(frozen=True, slots=True)

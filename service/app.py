@@ -146,4 +146,4 @@ def _load(
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    return Engine(backbone, settings), TaskRegistry(publisher, audit)
+    return Engine(backbone, settings), TaskRegistry(publisher, audit, settings.loader_niceness)

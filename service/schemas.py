@@ -212,6 +212,11 @@ class ChangeOut(Strict):
     replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
     harmed: list[str] = Field(description="Tasks that lose more than the margin.")
     impact: list[TaskImpactOut]
+    num_unmeasured: int = Field(
+        description="Active tasks left out of the report: of very many, those that changed and the tasks "
+        "whose classes look most like theirs are measured.",
+        examples=[0],
+    )
 
     @classmethod
     def of(cls, outcome: Outcome) -> "ChangeOut":
@@ -221,6 +226,7 @@ class ChangeOut(Strict):
             replaced_sha256=outcome.replaced_sha256,
             harmed=list(outcome.harmed),
             impact=_impact(outcome.impact),
+            num_unmeasured=outcome.impact.num_unmeasured,
         )
 
 

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads decoding pictures; 0: one per core, at most 8.")
     torch_threads: int = Field(0, ge=0, description="Threads of one backbone pass on CPU; 0: all cores.")
 
+    loader_niceness: int = Field(
+        10, ge=0, le=19, description="How far registrations leave the processors to answers (Linux)."
+    )
     impact_margin: float = Field(
         DEFAULT_MARGIN, ge=0.0, le=1.0, description="Accuracy another task may lose before a 409."
     )
