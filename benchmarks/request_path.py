@@ -1,9 +1,9 @@
 """Processor time that the service spends on a request beside decoding and the backbone's pass.
 
 Pictures are posted raw over kept-alive connections to a server that knows their CLS vectors, so that a
-request costs all but those two: HTTP, access, admission, hashing, the queues' bookkeeping, the bank's answer, JSON.
-Processor time of the whole process, kernel included, which other work on the machine hardly touches; the
-baseline is a FastAPI handler that reads the body and returns the same answer from memory.
+request costs all but those two: HTTP, access, admission, hashing, queues, the bank's answer, JSON. Counted
+is processor time of the whole process, kernel included, which other work on the machine hardly touches; the
+baseline is a FastAPI handler that reads the body and returns an answer from memory.
 
 TOSCA_BENCH_ROUNDS (5), TOSCA_BENCH_REQUESTS (2000 a round).
 """
