@@ -3,7 +3,17 @@
 import importlib
 import sys
 
-ALL = ("registration", "runtimes", "decoding", "features", "serving")
+ALL = (
+    "registration",
+    "runtimes",
+    "decoding",
+    "features",
+    "request_path",
+    "tasks",
+    "cycles",
+    "serving",
+    "plots",
+)
 
 
 def main() -> None:
