@@ -2,8 +2,9 @@
 
 All have the same backbone in the same runtime and precision, the same bank, decoding, threads and pictures,
 one after another in every round. Load comes from a second process, in closed loops of 1 and 64 clients and
-an open loop at 70 % of what both this service and the best peer can do. The limit is the backbone alone at its best batch in
-one process. No picture repeats, and this service's CLS cache is off, so every answer costs a pass.
+an open loop at 70 % of what both this service and the best peer can do. The limit is the backbone alone at
+its best batch in one process. No picture repeats, and this service's CLS cache is off, so every answer
+costs a pass.
 
 TOSCA_BENCH_SECONDS sets the seconds of a measurement (20), TOSCA_BENCH_ROUNDS the rounds (3), and
 TOSCA_BENCH_SCENARIOS which scenarios run, by the beginning of their names (ViT-B/16, ViT-Tiny).
