@@ -108,6 +108,9 @@ fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing fo
 test-api: install .tosca/api-tools/.installed ## the OpenAPI document against the service, by schemathesis
 	$(BIN)/pytest tests/test_openapi.py -m slow -s
 
+openapi: install ## write docs/openapi.json, which a test compares with the service
+	$(BIN)/python -m service.openapi docs/openapi.json
+
 protocol: install ## compile service/open_inference/inference.proto
 	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. service/open_inference/inference.proto
 
