@@ -28,7 +28,7 @@ _PIXEL_TOLERANCE = 0.5  # of an 8-bit step: how far beyond black and white round
 class InferParameters(BaseModel):
     """Parameters of a request; those of the native API, and Triton's that have a meaning here."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     top_k: int | None = Field(None, ge=1, description="How many (task, label) pairs to list at most.")
     selection: Selection = Field("lda", description="How the task is chosen.")

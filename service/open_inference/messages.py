@@ -8,7 +8,25 @@ Parameters = dict[str, bool | int | float | str]
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", from_attributes=True)
+    model_config = ConfigDict(extra="forbid", from_attributes=True, strict=True)
+
+
+def inline_schema(message: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a message with those inside it written out, so that it may stand anywhere."""
+    schema = message.model_json_schema()
+    parts: dict[str, Any] = schema.pop("$defs", {})
+
+    def written_out(node: Any) -> Any:
+        if isinstance(node, list):
+            return [written_out(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if (ref := node.get("$ref")) is not None:
+            return written_out(parts[ref.removeprefix("#/$defs/")])
+        return {name: written_out(one) for name, one in node.items()}
+
+    whole: dict[str, Any] = written_out(schema)
+    return whole
 
 
 class ErrorOut(Message):

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
-from service.open_inference.messages import IndexedModelOut, IndexIn, LoadIn, UnloadIn
+from service.open_inference.messages import IndexedModelOut, IndexIn, LoadIn, UnloadIn, inline_schema
 from service.payloads import parse_json
 from service.routes.open_inference import errors
 from service.routes.state import Administering, Reading, State
@@ -20,7 +20,7 @@ def _optional_body(message: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {
             "required": False,
-            "content": {"application/json": {"schema": message.model_json_schema()}},
+            "content": {"application/json": {"schema": inline_schema(message)}},
         }
     }
 
@@ -39,7 +39,10 @@ async def index(request: Request, state: State, _: Reading) -> list[IndexedModel
 
 
 @admin_router.post(
-    "/models/{name}/load", openapi_extra=_optional_body(LoadIn), responses=errors(404, 409, 503)
+    "/models/{name}/load",
+    response_class=Response,
+    openapi_extra=_optional_body(LoadIn),
+    responses=errors(404, 409, 503),
 )
 async def load(request: Request, state: State, caller: Administering, name: str) -> Response:
     """Make the module that a task had last in the store's history active again."""
@@ -49,7 +52,10 @@ async def load(request: Request, state: State, caller: Administering, name: str)
 
 
 @admin_router.post(
-    "/models/{name}/unload", openapi_extra=_optional_body(UnloadIn), responses=errors(404, 409, 503)
+    "/models/{name}/unload",
+    response_class=Response,
+    openapi_extra=_optional_body(UnloadIn),
+    responses=errors(404, 409, 503),
 )
 async def unload(request: Request, state: State, caller: Administering, name: str) -> Response:
     """Take a task out of the active set; its module stays in the store."""

@@ -3,7 +3,7 @@
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Path, Request, Response
 
 from service.admission import deadline_s
 from service.disconnect import ClientLeft, while_connected
@@ -20,6 +20,7 @@ from service.open_inference.messages import (
     ServerMetadataOut,
     ServerReadyOut,
     TensorMetadataOut,
+    inline_schema,
 )
 from service.open_inference.models import EXTENSIONS, PLATFORM, find_model, inputs_of
 from service.prediction import Inquiry
@@ -28,6 +29,9 @@ from service.routes.state import Predicting, Reading, State
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 health_router = APIRouter(prefix="/v2/health", tags=["open inference protocol"])
+
+
+ModelName = Annotated[str, Path(description="`tosca`, or the name of a task.", examples=["tosca"])]
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -41,7 +45,7 @@ _BODY = {
         "required": True,
         "description": "JSON, or `Inference-Header-Content-Length` bytes of JSON and binary tensors.",
         "content": {
-            "application/json": {"schema": InferRequestIn.model_json_schema()},
+            "application/json": {"schema": inline_schema(InferRequestIn)},
             "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
         },
     }
@@ -75,7 +79,7 @@ async def server_metadata(_: Reading) -> ServerMetadataOut:
 
 @router.get("/models/{name}", responses=errors(404))
 @router.get("/models/{name}/versions/{version}", responses=errors(404))
-async def model_metadata(state: State, _: Reading, name: str, version: str = "") -> ModelMetadataOut:
+async def model_metadata(state: State, _: Reading, name: ModelName, version: str = "") -> ModelMetadataOut:
     """The service as a whole (`tosca`) or an active task, with its tensors."""
     model = find_model(state.registry.active, name, version)
     return ModelMetadataOut(
@@ -89,7 +93,7 @@ async def model_metadata(state: State, _: Reading, name: str, version: str = "")
 
 @router.get("/models/{name}/ready", responses=errors(404, 503))
 @router.get("/models/{name}/versions/{version}/ready", responses=errors(404, 503))
-async def model_ready(state: State, _: Reading, name: str, version: str = "") -> ModelReadyOut:
+async def model_ready(state: State, _: Reading, name: ModelName, version: str = "") -> ModelReadyOut:
     """200 when the model answers; 404 when it is not served."""
     model = find_model(state.registry.active, name, version)
     if not state.accepts:
@@ -107,7 +111,7 @@ async def infer(
     request: Request,
     state: State,
     _: Predicting,
-    name: str,
+    name: ModelName,
     version: str = "",
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
 ) -> Response:
