@@ -194,6 +194,35 @@ async def test_a_queue_without_room_refuses(client: Client) -> None:
     drain.leave(client.state.settings.max_queued_images, is_answered=False)
 
 
+async def test_a_bug_of_ours_is_internal_and_told_to_the_log_alone(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(*_: Any) -> Any:
+        raise RuntimeError("secret of the house")
+
+    client.state.engine.answer = broken
+    refused = await client.refused("ModelInfer", asking())
+    assert refused.code() == Code.INTERNAL and "secret" not in refused.details()
+    assert "secret of the house" in caplog.text
+
+
+async def test_a_call_that_its_client_gives_up_leaves_the_queue(client: Client) -> None:
+    started, stopped = asyncio.Event(), asyncio.Event()
+
+    async def endless(*_: Any) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    client.state.engine.answer = endless
+    call = asyncio.create_task(client("ModelInfer", asking()))
+    await started.wait()
+    call.cancel()
+    await stopped.wait()
+
+
 async def test_a_deadline_of_microseconds_is_kept(client: Client) -> None:
     late = asking(parameters={"timeout": pb.InferParameter(int64_param=1)})
     assert (await client.refused("ModelInfer", late)).code() == Code.DEADLINE_EXCEEDED

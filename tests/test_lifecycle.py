@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from cryptography import x509
@@ -24,6 +26,7 @@ from pictures import encoded, noise
 from serving import RunningServer, running_server
 
 from model_store.store import ModelStore, with_task
+from service.open_inference import inference_pb2
 
 MakeModule = Callable[..., bytes]
 PICTURE = encoded(noise())
@@ -138,6 +141,57 @@ def test_in_the_grace_period_the_server_is_not_ready_and_answers_on(
             server.process.wait(10.0)
         assert server.process.poll() == 0
     assert "draining" in (tmp_path / "log").read_text()
+
+
+def test_sigterm_under_load_drops_no_grpc_call(store: ModelStore, tmp_path: Path) -> None:
+    """Clients that call while `ServerReady` says so get every answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        grpc_port = probe.getsockname()[1]
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+    contents = inference_pb2.InferTensorContents(bytes_contents=[PICTURE])
+    tensor = inference_pb2.ModelInferRequest.InferInputTensor(
+        name="image", datatype="BYTES", shape=[1], contents=contents
+    )
+    asked = inference_pb2.ModelInferRequest(model_name="tosca", inputs=[tensor])
+
+    def ask() -> None:
+        service = "/inference.GRPCInferenceService"
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            infer = channel.unary_unary(
+                f"{service}/ModelInfer",
+                inference_pb2.ModelInferRequest.SerializeToString,
+                inference_pb2.ModelInferResponse.FromString,
+            )
+            ready = channel.unary_unary(
+                f"{service}/ServerReady",
+                inference_pb2.ServerReadyRequest.SerializeToString,
+                inference_pb2.ServerReadyResponse.FromString,
+            )
+            while ready(inference_pb2.ServerReadyRequest(), timeout=30.0).ready:
+                try:
+                    infer(asked, timeout=30.0)
+                    outcome = "OK"
+                except grpc.RpcError as error:
+                    outcome = error.code().name
+                with lock:
+                    outcomes[outcome] += 1
+
+    with running_server(
+        store.url, tmp_path / "log", shutdown_grace_s=1.0, grpc_port=grpc_port, cls_cache_bytes=0
+    ) as server:
+        clients = [threading.Thread(target=ask) for _ in range(6)]
+        for one in clients:
+            one.start()
+        deadline = time.monotonic() + 60.0
+        while outcomes.total() < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        for one in clients:
+            one.join(60.0)
+        assert server.process.wait(30.0) == 0, (tmp_path / "log").read_text()
+    assert set(outcomes) == {"OK"} and outcomes.total() >= 60, outcomes
 
 
 def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> None:

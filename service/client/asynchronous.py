@@ -147,7 +147,9 @@ class AsyncClient:
         reason: str = "",
         signature: str | None = None,
     ) -> Change:
-        call = calls.add_task(module, dry_run=dry_run, force=force, reason=reason, signature=signature)
+        call = await asyncio.to_thread(
+            calls.add_task, module, dry_run=dry_run, force=force, reason=reason, signature=signature
+        )
         return await self._run(call)
 
     async def remove_task(self, name: str, *, reason: str = "") -> Change:

@@ -1,5 +1,6 @@
 """inference.GRPCInferenceService: the calls, and what every call goes through."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,6 @@ from starlette.datastructures import Headers
 
 from model_store.errors import NotFound, ToscaError
 from service.access import Caller
-from service.admission import deadline_s
 from service.errors import Forbidden, Overloaded, Refused
 from service.keys import Scope
 from service.open_inference import inference_pb2 as pb
@@ -115,6 +115,12 @@ class InferenceService:
                 if isinstance(error, Refused):
                     trailing.append(("retry-after", str(max(1, round(error.retry_after_s)))))
                 await context.abort(code, str(error)[:1000], tuple(trailing))
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED
+                raise
+            except Exception:  # delivered to the client, without what it says
+                log.exception("gRPC %s failed", name)
+                await context.abort(code, "This is a bug; the log has the details.")
             finally:
                 self._log(name, code, time.monotonic() - started, context.peer(), told.caller, scope)
 
@@ -191,9 +197,11 @@ class InferenceService:
         try:
             active = state.registry.active
             model = find_model(active, request.model_name, request.model_version)
-            left_s = context.time_remaining()
-            timeout_s = deadline_s(None if left_s is None else str(max(left_s, 1e-3)), state.settings)
-            inquiry = Inquiry.admit(state.engine, state.settings, active.bank, timeout_s)
+            left_s, settings = context.time_remaining(), state.settings
+            timeout_s = (
+                settings.request_timeout_s if left_s is None else min(left_s, settings.max_request_timeout_s)
+            )
+            inquiry = Inquiry.admit(state.engine, settings, active.bank, timeout_s)
             asked = read_infer_message(request)
             outputs = await infer(inquiry, model, asked, state.engine.backbone)
             return infer_message(model, asked.request_id, outputs)

@@ -89,15 +89,26 @@ def read_floats(tensor: InputTensor, shape: tuple[int, ...]) -> NDArray[np.float
     if tensor.shape[1:] != shape:
         expected = ", ".join(["n", *map(str, shape)])
         raise InvalidRequest(f"input {tensor.name!r} has shape {list(tensor.shape)}, expected [{expected}]")
-    size = len(tensor.data) // 4 if isinstance(tensor.data, bytes) else _count(tensor.data)
-    if size != num or (isinstance(tensor.data, bytes) and len(tensor.data) % 4):
-        raise InvalidRequest(f"input {tensor.name!r} holds {size} numbers, its shape says {num}")
+    values = _numbers(tensor)
+    if values.size != num:
+        raise InvalidRequest(f"input {tensor.name!r} holds {values.size} numbers, its shape says {num}")
+    with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused later
+        return values.astype(np.float32).reshape(tensor.shape)
+
+
+def _numbers(tensor: InputTensor) -> NDArray[Any]:
+    """The values of an FP32 tensor in any shape and precision."""
+    if isinstance(tensor.data, bytes):
+        if len(tensor.data) % 4:
+            raise InvalidRequest(f"input {tensor.name!r} holds {len(tensor.data)} bytes, no multiple of 4")
+        return np.frombuffer(tensor.data, dtype="<f4")
     try:
-        if isinstance(tensor.data, bytes):
-            return np.frombuffer(tensor.data, dtype="<f4").astype(np.float32).reshape(tensor.shape)
-        return np.asarray(tensor.data, dtype=np.float32).reshape(tensor.shape)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidRequest(f"input {tensor.name!r} holds what is no number: {error}") from error
+        values = np.asarray(tensor.data)
+    except ValueError as error:
+        raise InvalidRequest(f"input {tensor.name!r} holds lists of different lengths") from error
+    if values.dtype.kind not in "fiu":
+        raise InvalidRequest(f"input {tensor.name!r} holds what is no number")
+    return values
 
 
 def _check_datatype(tensor: InputTensor, expected: str) -> None:
@@ -105,10 +116,6 @@ def _check_datatype(tensor: InputTensor, expected: str) -> None:
         raise InvalidRequest(
             f"input {tensor.name!r} has datatype {tensor.datatype[:20]!r}, expected {expected}"
         )
-
-
-def _count(values: list[Any]) -> int:
-    return sum(_count(one) if isinstance(one, list) else 1 for one in values)
 
 
 def _split(name: str, raw: bytes) -> list[bytes]:
