@@ -161,6 +161,12 @@ async def test_faults_have_codes_and_say_what_is_wrong(client: Client) -> None:
     assert refused.code() == Code.INVALID_ARGUMENT and "parameters.top_k" in refused.details()
     empty = await client.refused("ModelInfer", asking(parameters={"top_k": pb.InferParameter()}))
     assert empty.code() == Code.INVALID_ARGUMENT and "has no value" in empty.details()
+    listed = pb.InferTensorContents(fp32_contents=[0.0] * 5000)
+    tensor = pb.ModelInferRequest.InferInputTensor(
+        name="pixels", datatype="FP32", shape=[2, 3, 32, 32], contents=listed
+    )
+    long = await client.refused("ModelInfer", pb.ModelInferRequest(model_name="tosca", inputs=[tensor]))
+    assert long.code() == Code.INVALID_ARGUMENT and "send more than 3072 raw" in long.details()
     both = asking(raw_input_contents=[b"\0\0\0\0"])
     assert "both contents and raw" in (await client.refused("ModelInfer", both)).details()
     two = asking(raw_input_contents=[b"", b""])

@@ -224,6 +224,7 @@ def test_unloading_takes_a_task_out_and_loading_brings_its_latest_module_back(
         ("models/tosca/infer", as_json(PICTURES, parameters={"sequence_id": 1}), 422, "sequence_id"),
         ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "logits"}]), 422, "no output 'logits'"),
         ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "probability"}]), 422, "no output"),
+        ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "task"}] * 10), 422, "10 outputs of 9"),
         ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "prediction_set"}]), 422, "coverage"),
         ("repository/models/tosca/load", {}, 422, "the service itself"),
         ("repository/models/tosca/unload", {}, 422, "the service itself"),
@@ -292,7 +293,8 @@ def test_numbers_that_are_no_pixels_are_refused(value: float, client: TestClient
         (b"\x01\x00\x00\x00", "ends within element 0 of 1 bytes"),
         (b"\xff\xff\xff\xff", "ends within element 0 of 4294967295 bytes"),
         (b"\x00\x00", "ends within the length of element 0"),
-        (raw_elements([b"a", b"b"]), "holds 2 elements, its shape says 1"),
+        (raw_elements([b"a", b"b"]), "holds more elements than the 1 that its shape says"),
+        (b"", "holds 0 elements, its shape says 1"),
     ],
 )
 def test_broken_binary_elements_are_refused(raw: bytes, fault: str, client: TestClient) -> None:

@@ -61,6 +61,13 @@ def read_parameters(given: Mapping[str, Any]) -> InferParameters:
         raise InvalidRequest(f"parameters.{where}: {first['msg']}") from error
 
 
+def max_listed(backbone: Backbone, max_images: int) -> int:
+    """How many values may come as a list, which is slow to read: the pixels of one picture, or the CLS
+    vectors of as many pictures as a request may have. Raw tensors know no such bound."""
+    sides = backbone.preprocessing.height * backbone.preprocessing.width
+    return max(3 * sides, max_images * (backbone.feature_dim + 1))
+
+
 async def infer(
     inquiry: Inquiry, model: Model, request: InferenceRequest, backbone: Backbone
 ) -> list[OutputTensor]:
@@ -83,6 +90,8 @@ async def infer(
 def _chosen_outputs(model: Model, request: InferenceRequest) -> list[str]:
     """The outputs to give, in the order asked for; all that there are when none is named."""
     known = [one.name for one in model.outputs]
+    if len(request.output_names) > len(known):
+        raise InvalidRequest(f"{len(request.output_names)} outputs of {len(known)} that there are")
     for name in request.output_names:
         if name not in known:
             raise InvalidRequest(f"model {model.name!r} has no output {name[:100]!r}: {', '.join(known)}")

@@ -6,7 +6,6 @@ from typing import Any
 from model_store.errors import InvalidRequest
 from service.open_inference.answering import InferenceRequest, read_parameters
 from service.open_inference.inference_pb2 import (
-    InferTensorContents,
     ModelInferRequest,
     ModelInferResponse,
 )
@@ -18,8 +17,8 @@ _IGNORED = {"binary_data", "binary_data_size"}
 _CONTENTS = {"BYTES": "bytes_contents", "FP32": "fp32_contents"}
 
 
-def read_infer_message(message: ModelInferRequest) -> InferenceRequest:
-    """Raises InvalidRequest."""
+def read_infer_message(message: ModelInferRequest, max_elements: int) -> InferenceRequest:
+    """`max_elements`: values that a tensor may list instead of giving them raw. Raises InvalidRequest."""
     num_raw = len(message.raw_input_contents)
     if num_raw not in (0, len(message.inputs)):
         raise InvalidRequest(f"{num_raw} raw_input_contents for {len(message.inputs)} inputs")
@@ -29,7 +28,7 @@ def read_infer_message(message: ModelInferRequest) -> InferenceRequest:
             raise InvalidRequest(f"input {one.name[:100]!r}: no parameter means anything here")
         if num_raw and one.HasField("contents"):
             raise InvalidRequest(f"input {one.name[:100]!r} has both contents and raw_input_contents")
-        data = message.raw_input_contents[i] if num_raw else _values(one.name, one.datatype, one.contents)
+        data = message.raw_input_contents[i] if num_raw else _values(one, max_elements)
         inputs.append(InputTensor(one.name, one.datatype, tuple(one.shape), data))
     for output in message.outputs:
         if set(output.parameters) - _IGNORED:
@@ -63,8 +62,12 @@ def read_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _values(name: str, datatype: str, contents: InferTensorContents) -> list[Any]:
-    field = _CONTENTS.get(datatype)
+def _values(given: ModelInferRequest.InferInputTensor, max_elements: int) -> list[Any]:
+    where = f"input {given.name[:100]!r}"
+    field = _CONTENTS.get(given.datatype)
     if field is None:
-        raise InvalidRequest(f"input {name[:100]!r} has datatype {datatype[:20]!r}, expected BYTES or FP32")
-    return list(getattr(contents, field))
+        raise InvalidRequest(f"{where} has datatype {given.datatype[:20]!r}, expected BYTES or FP32")
+    values = getattr(given.contents, field)
+    if len(values) > max_elements:
+        raise InvalidRequest(f"{where} lists {len(values)} values: send more than {max_elements} raw")
+    return list(values)

@@ -16,7 +16,7 @@ from service.access import Caller
 from service.errors import Forbidden, Overloaded, Refused
 from service.keys import Scope
 from service.open_inference import inference_pb2 as pb
-from service.open_inference.answering import infer
+from service.open_inference.answering import infer, max_listed
 from service.open_inference.grpc_messages import infer_message, read_choices, read_infer_message
 from service.open_inference.models import EXTENSIONS, PLATFORM, TensorSpec, find_model, inputs_of
 from service.prediction import Inquiry
@@ -202,7 +202,8 @@ class InferenceService:
                 settings.request_timeout_s if left_s is None else min(left_s, settings.max_request_timeout_s)
             )
             inquiry = Inquiry.admit(state.engine, settings, active.bank, timeout_s)
-            asked = read_infer_message(request)
+            max_elements = max_listed(state.engine.backbone, settings.max_images_per_request)
+            asked = read_infer_message(request, max_elements)
             outputs = await infer(inquiry, model, asked, state.engine.backbone)
             return infer_message(model, asked.request_id, outputs)
         finally:

@@ -76,7 +76,7 @@ def read_elements(tensor: InputTensor) -> list[bytes]:
     num = num_elements(tensor)
     if len(tensor.shape) > 2 or tensor.shape[1:] not in ((), (1,)):
         raise InvalidRequest(f"input {tensor.name!r} has shape {list(tensor.shape)}, expected [n]")
-    elements = _split(tensor.name, tensor.data) if isinstance(tensor.data, bytes) else tensor.data
+    elements = _split(tensor.name, tensor.data, num) if isinstance(tensor.data, bytes) else tensor.data
     if len(elements) != num:
         raise InvalidRequest(f"input {tensor.name!r} holds {len(elements)} elements, its shape says {num}")
     return elements
@@ -118,11 +118,13 @@ def _check_datatype(tensor: InputTensor, expected: str) -> None:
         )
 
 
-def _split(name: str, raw: bytes) -> list[bytes]:
-    """The elements of a raw BYTES tensor."""
+def _split(name: str, raw: bytes, num: int) -> list[bytes]:
+    """The elements of a raw BYTES tensor, at most `num`: millions of empty ones would take seconds."""
     elements: list[bytes] = []
     start = 0
     while start < len(raw):
+        if len(elements) == num:
+            raise InvalidRequest(f"input {name!r} holds more elements than the {num} that its shape says")
         if start + _LENGTH.size > len(raw):
             raise InvalidRequest(f"input {name!r} ends within the length of element {len(elements)}")
         (length,) = _LENGTH.unpack_from(raw, start)

@@ -9,6 +9,7 @@ from service.admission import deadline_s
 from service.disconnect import ClientLeft, while_connected
 from service.errors import EngineStopped, ShuttingDown
 from service.open_inference.answering import infer as answer
+from service.open_inference.answering import max_listed
 from service.open_inference.http_bodies import infer_response, read_infer_body
 from service.open_inference.messages import (
     ErrorOut,
@@ -122,9 +123,7 @@ async def infer(
     inquiry = Inquiry.admit(state.engine, state.settings, active.bank, timeout_s)
     backbone = state.engine.backbone
     body = await request.body()
-    # As JSON, one picture's pixels or the CLS vectors of as many pictures as a request may have.
-    sides = backbone.preprocessing.height * backbone.preprocessing.width
-    max_elements = max(3 * sides, state.settings.max_images_per_request * (backbone.feature_dim + 1))
+    max_elements = max_listed(backbone, state.settings.max_images_per_request)
     asked, binary = await read_infer_body(body, request.headers, state.settings, max_elements)
     try:
         outputs = await while_connected(request, answer(inquiry, model, asked, backbone))
