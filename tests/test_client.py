@@ -117,6 +117,13 @@ def test_without_a_word_of_the_server_waits_double_and_differ() -> None:
     assert again.waits_s[0] != server.waits_s[0]
 
 
+def test_a_date_counts_from_that_of_the_response() -> None:
+    dates = {"date": "Fri, 01 Jan 2016 00:00:00 GMT", "retry-after": "Fri, 01 Jan 2016 00:00:07 GMT"}
+    server = Server(refused(**dates), answered())
+    server.ask(lambda client: client.predict(b"picture"))
+    assert server.waits_s == [7.0]
+
+
 @pytest.mark.parametrize("retry_after", ["Fri, 01 Jan 2016 00:00:00 GMT", "soon", "-1"])
 def test_any_retry_after_is_understood_or_left_aside(retry_after: str) -> None:
     server = Server(refused(**{"retry-after": retry_after}), answered())

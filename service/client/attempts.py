@@ -8,7 +8,7 @@ import httpx
 
 from service.client.calls import Call
 from service.client.errors import ClientError, ServerRefused, ServerUnreachable
-from service.client.retries import Retries
+from service.client.retries import Retries, retry_after_s
 
 Result = TypeVar("Result")
 _TOO_MANY, _NOT_NOW = 429, 503  # the first is refused before anything is done
@@ -30,15 +30,15 @@ def attempts(
         if isinstance(outcome, httpx.HTTPError):
             fault: Exception = ServerUnreachable(f"server {server} does not answer: {outcome}")
             may_repeat = isinstance(outcome, _NOT_SENT) or call.is_repeatable
-            retry_after = None
+            wanted_s = None
         elif outcome.is_success:
             return _parsed(call, outcome, server)
         else:
             fault = ServerRefused.of(outcome.status_code, _document(outcome), outcome.text)
             status = outcome.status_code
             may_repeat = status == _TOO_MANY or (status == _NOT_NOW and call.is_repeatable)
-            retry_after = outcome.headers.get("retry-after")
-        wait_s = retries.wait_s(attempt, retry_after, waited_s) if may_repeat else None
+            wanted_s = retry_after_s(outcome.headers)
+        wait_s = retries.wait_s(attempt, wanted_s, waited_s) if may_repeat else None
         if wait_s is None:
             raise fault
         waited_s += wait_s

@@ -1,8 +1,8 @@
 """What is asked again, how often, and after which wait."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 
@@ -23,23 +23,28 @@ class Retries:
         """Every fault at once."""
         return cls(max_attempts=1)
 
-    def wait_s(self, attempt: int, retry_after: str | None, waited_s: float) -> float | None:
-        """Seconds to wait after attempt number `attempt` (from 1) failed; None to give up."""
+    def wait_s(self, attempt: int, wanted_s: float | None, waited_s: float) -> float | None:
+        """Seconds to wait after attempt number `attempt` (from 1) failed; None to give up.
+
+        `wanted_s` is what the server asks for, if it does; `waited_s` what the call has waited before.
+        """
         if attempt >= self.max_attempts:
             return None
-        wanted = _seconds(retry_after)
-        if wanted is None:
-            wanted = self.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311
-        return wanted if waited_s + wanted <= self.max_wait_s else None
+        if wanted_s is None:
+            wanted_s = self.first_wait_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)  # noqa: S311
+        return wanted_s if waited_s + wanted_s <= self.max_wait_s else None
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After, which is a number of seconds or a date (RFC 9110); None when it is neither."""
-    if retry_after is None:
-        return None
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a response asks to wait (RFC 9110); None where it does not say, or not how it should.
+
+    A date counts from that of the response, so that the client's clock does not matter.
+    """
+    retry_after = headers.get("retry-after", "")
     if retry_after.isascii() and retry_after.isdecimal():
         return float(retry_after)
     try:
-        return max(0.0, (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds())
+        wanted, sent = (parsedate_to_datetime(one) for one in (retry_after, headers.get("date", "")))
+        return max(0.0, (wanted - sent).total_seconds())
     except (TypeError, ValueError):
         return None
