@@ -21,8 +21,9 @@ from service.app import create_app
 from service.errors import CannotListen
 from service.keys import Scope, change_keys, make_key, now_utc
 from service.open_inference import inference_pb2 as pb
+from service.open_inference.grpc_guard import CODE_OF
 from service.open_inference.grpc_server import serving_grpc
-from service.open_inference.grpc_service import CODE_OF, SERVICE
+from service.open_inference.grpc_service import SERVICE
 from service.problems import STATUS_OF
 from service.routes.state import ServiceState
 from service.settings import Settings

@@ -1,48 +1,23 @@
-"""inference.GRPCInferenceService: the calls, and what every call goes through."""
+"""inference.GRPCInferenceService: its calls."""
 
-import asyncio
-import logging
-import time
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version as installed_version
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-from google.protobuf.message import Message
-from starlette.datastructures import Headers
 
-from model_store.errors import NotFound, ToscaError
+from model_store.errors import NotFound
 from service.access import Caller
-from service.errors import Forbidden, Overloaded, Refused
+from service.errors import Forbidden, Overloaded
 from service.keys import Scope
 from service.open_inference import inference_pb2 as pb
 from service.open_inference.answering import infer, max_listed
+from service.open_inference.grpc_guard import Call, Context, guarded
 from service.open_inference.grpc_messages import infer_message, read_choices, read_infer_message
 from service.open_inference.models import EXTENSIONS, PLATFORM, TensorSpec, find_model, inputs_of
 from service.prediction import Inquiry
-from service.problems import status_of
-from service.request_context import context_of, current_request
 from service.routes.state import ServiceState
 
-log = logging.getLogger("tosca.request")
-
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-Call: TypeAlias = Callable[[Any, "Context", Caller], Awaitable[Message]]
-
-# gRPC's codes for the statuses of service.problems; what is not here is ours.
-CODE_OF = {
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
-    413: grpc.StatusCode.INVALID_ARGUMENT,
-    415: grpc.StatusCode.INVALID_ARGUMENT,
-    422: grpc.StatusCode.INVALID_ARGUMENT,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 
 
 class InferenceService:
@@ -79,72 +54,13 @@ class InferenceService:
             SERVICE,
             {
                 name: grpc.unary_unary_rpc_method_handler(
-                    self._guarded(name, call, scope),
+                    guarded(f"/{SERVICE}/{name}", call, scope, self._state),
                     request_deserializer=asked.FromString,
                     response_serializer=answered.SerializeToString,
                 )
                 for name, (call, scope, asked, answered) in calls.items()
             },
         )
-
-    def _guarded(
-        self, name: str, call: Call, scope: Scope | None
-    ) -> Callable[[Any, Context], Awaitable[Message]]:
-        """`call` for those who may, its faults as gRPC codes, and a line in the log. No scope: for all."""
-
-        async def guarded(request: Any, context: Context) -> Message:
-            metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
-            told = context_of(Headers(metadata))
-            current_request.set(told)  # each call runs in a context of its own: nothing to undo
-            started = time.monotonic()
-            code = grpc.StatusCode.INTERNAL
-            try:
-                if scope is None:
-                    answer = await call(request, context, Caller("anonymous", frozenset()))
-                else:
-                    caller = self._state.access.identify(_authorization(metadata))
-                    told.caller = caller.name
-                    self._state.access.check(caller, scope)
-                    with self._state.quota.place(caller.key_id, self._state.engine.drain_s):
-                        answer = await call(request, context, caller)
-                code = grpc.StatusCode.OK
-                return answer
-            except ToscaError as error:
-                code = CODE_OF.get(status_of(error), grpc.StatusCode.INTERNAL)
-                trailing = [("x-request-id", told.request_id)]
-                if isinstance(error, Refused):
-                    trailing.append(("retry-after", str(max(1, round(error.retry_after_s)))))
-                await context.abort(code, str(error)[:1000], tuple(trailing))
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED
-                raise
-            except Exception:  # delivered to the client, without what it says
-                log.exception("gRPC %s failed", name)
-                await context.abort(code, "This is a bug; the log has the details.")
-            finally:
-                self._log(name, code, time.monotonic() - started, context.peer(), told.caller, scope)
-
-        return guarded
-
-    def _log(
-        self,
-        name: str,
-        code: grpc.StatusCode,
-        duration_s: float,
-        peer: str,
-        caller: str | None,
-        scope: Scope | None,
-    ) -> None:
-        fields = {
-            "method": "gRPC",
-            "path": f"/{SERVICE}/{name}",
-            "status": code.name,
-            "duration_ms": round(1e3 * duration_s, 2),
-            "client": peer[:100],
-            "caller": caller,
-        }
-        level = logging.DEBUG if scope is None else logging.INFO
-        log.log(level, "gRPC %s %s", name, code.name, extra={"fields": fields})
 
     # -- the calls -----------------------------------------------------------------------------------
 
@@ -241,14 +157,6 @@ class InferenceService:
         """Raises Forbidden where changes of the tasks have a port of their own, which gRPC is not on."""
         if self._state.settings.admin_port is not None:
             raise Forbidden("tasks are changed on the admin port, over HTTP", scope=None)
-
-
-def _authorization(metadata: dict[str, str]) -> str | None:
-    """The Authorization of a call; `x-api-key` may carry the key alone."""
-    if (given := metadata.get("authorization")) is not None:
-        return given
-    key = metadata.get("x-api-key")
-    return None if key is None else f"Bearer {key}"
 
 
 def _tensor(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

@@ -22,6 +22,7 @@ from service.payloads import decode_base64, parse_json
 from service.settings import Settings
 
 HEADER_LENGTH = "inference-header-content-length"
+_MAX_DIGITS = 20
 
 
 async def read_infer_body(
@@ -54,7 +55,8 @@ async def read_infer_body(
 def _json_size(header: str | None, body_size: int) -> int:
     if header is None:
         return body_size
-    if not (header.isascii() and header.isdecimal()) or int(header[:20]) > body_size:
+    is_number = header.isascii() and header.isdecimal() and len(header) <= _MAX_DIGITS
+    if not is_number or int(header) > body_size:
         raise InvalidRequest(
             f"Inference-Header-Content-Length is {header[:20]!r}: the body has {body_size} bytes"
         )
