@@ -316,7 +316,9 @@ async def test_calls_under_way_are_answered_when_the_port_closes(
 
 
 async def test_a_taken_port_is_refused(settings: Settings, tiny_backbone: Backbone) -> None:
+    """Even by a server that would share it: each would get half of the calls."""
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         on_it = settings.model_copy(update={"grpc_port": taken.getsockname()[1]})
