@@ -145,9 +145,7 @@ def test_in_the_grace_period_the_server_is_not_ready_and_answers_on(
 
 def test_sigterm_under_load_drops_no_grpc_call(store: ModelStore, tmp_path: Path) -> None:
     """Clients that call while `ServerReady` says so get every answer."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        grpc_port = probe.getsockname()[1]
+    grpc_port = free_port()
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()
     contents = inference_pb2.InferTensorContents(bytes_contents=[PICTURE])
@@ -157,19 +155,13 @@ def test_sigterm_under_load_drops_no_grpc_call(store: ModelStore, tmp_path: Path
     asked = inference_pb2.ModelInferRequest(model_name="tosca", inputs=[tensor])
 
     def ask() -> None:
-        service = "/inference.GRPCInferenceService"
         with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
             infer = channel.unary_unary(
-                f"{service}/ModelInfer",
+                "/inference.GRPCInferenceService/ModelInfer",
                 inference_pb2.ModelInferRequest.SerializeToString,
                 inference_pb2.ModelInferResponse.FromString,
             )
-            ready = channel.unary_unary(
-                f"{service}/ServerReady",
-                inference_pb2.ServerReadyRequest.SerializeToString,
-                inference_pb2.ServerReadyResponse.FromString,
-            )
-            while ready(inference_pb2.ServerReadyRequest(), timeout=30.0).ready:
+            while ask_ready(channel).ready:
                 try:
                     infer(asked, timeout=30.0)
                     outcome = "OK"
@@ -210,6 +202,21 @@ def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> Non
     ]
 
 
+def ask_ready(channel: grpc.Channel) -> inference_pb2.ServerReadyResponse:
+    call = channel.unary_unary(
+        "/inference.GRPCInferenceService/ServerReady",
+        inference_pb2.ServerReadyRequest.SerializeToString,
+        inference_pb2.ServerReadyResponse.FromString,
+    )
+    return call(inference_pb2.ServerReadyRequest(), timeout=30.0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def self_signed(folder: Path) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 and its key, PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -237,9 +244,17 @@ def test_with_a_certificate_the_server_speaks_https_and_nothing_else(
     store: ModelStore, tmp_path: Path
 ) -> None:
     certificate, key = self_signed(tmp_path)
-    with running_server(store.url, tmp_path / "log", tls_certificate=certificate, tls_key=key) as server:
+    grpc_port = free_port()
+    settings = {"tls_certificate": certificate, "tls_key": key, "grpc_port": grpc_port}
+    with running_server(store.url, tmp_path / "log", **settings) as server:
         trusted = ssl.create_default_context(cafile=str(certificate))
         answer = httpx.post(f"{server.url}/predict", content=PICTURE, verify=trusted)
         assert answer.status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(server.url.replace("https", "http") + "/health/live")
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        address = f"127.0.0.1:{grpc_port}"
+        with grpc.secure_channel(address, credentials) as safe, grpc.insecure_channel(address) as plain:
+            assert ask_ready(safe).ready
+            with pytest.raises(grpc.RpcError):
+                ask_ready(plain)
