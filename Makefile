@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,7 +40,7 @@ format: install ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: demo ## the fast tests, on the real backbone and real pictures
+test: demo .tosca/protocol-clients/.installed ## the fast tests, on the real backbone and real pictures
 	$(BIN)/pytest
 
 test-slow: demo ## tests that take minutes
@@ -74,6 +74,11 @@ soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer r
 	$(BIN)/python -m pip install --quiet --target .tosca/fuzz-tools atheris==3.0.0
 	touch $@
 
+.tosca/protocol-clients/.installed: tests/protocol_clients/requirements.txt
+	$(PYTHON) -m venv .tosca/protocol-clients
+	.tosca/protocol-clients/bin/python -m pip install --quiet -r tests/protocol_clients/requirements.txt
+	touch $@
+
 .tosca/api-tools/.installed:
 	$(PYTHON) -m venv .tosca/api-tools
 	.tosca/api-tools/bin/python -m pip install --quiet schemathesis==4.32.5
@@ -102,6 +107,12 @@ fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing fo
 
 test-api: install .tosca/api-tools/.installed ## the OpenAPI document against the service, by schemathesis
 	$(BIN)/pytest tests/test_openapi.py -m slow -s
+
+openapi: install ## write docs/openapi.json, which a test compares with the service
+	$(BIN)/python -m service.openapi docs/openapi.json
+
+protocol: install ## compile service/open_inference/inference.proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. service/open_inference/inference.proto
 
 constraints: install ## rewrite constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

@@ -19,13 +19,15 @@ from model_store.console import (
     JsonOption,
     StoreOption,
     err,
+    figure,
     out,
+    print_impact,
     print_json,
+    print_revisions,
     print_table,
     read_file,
 )
 from model_store.errors import InvalidBackbone, ToscaError
-from model_store.impact import ImpactReport, TaskImpact
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
 from model_store.sign_commands import read_signature, sign
@@ -175,24 +177,12 @@ def publish(
             }
         )
         return
-    _print_impact(outcome.impact)
+    print_impact(outcome.impact.tasks, outcome.impact.num_unmeasured)
     number = outcome.active.revision.number
     if outcome.published:
         out.print(f"published as revision {number}")
     else:
         out.print(f"nothing published; the store stays at revision {number}")
-
-
-def _print_impact(impact: ImpactReport) -> None:
-    def cells(one: TaskImpact) -> list[str]:
-        return [
-            " → ".join(_figure(getattr(health, name, None)) for health in (one.before, one.after))
-            for name in ("selection_accuracy", "accuracy", "ece")
-        ]
-
-    print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in impact.tasks))
-    if impact.num_unmeasured:
-        out.print(f"{impact.num_unmeasured} more tasks, less like the changed ones, were not measured")
 
 
 @tasks_app.command("list")
@@ -210,7 +200,7 @@ def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> 
             (
                 row["task"],
                 len(row["labels"]),
-                _figure(row["metrics"].get("accuracy")),
+                figure(row["metrics"].get("accuracy")),
                 row["size_bytes"],
                 row["sha256"][:12],
             )
@@ -250,13 +240,7 @@ def revisions_list(
     if json:
         print_json([one.model_dump(mode="json") for one in revisions])
         return
-    print_table(
-        ["revision", "when", "tasks", "reason", "author"],
-        (
-            (one.number, f"{one.created_at:%Y-%m-%d %H:%M:%S}", len(one.tasks), one.reason, one.author)
-            for one in revisions
-        ),
-    )
+    print_revisions(revisions)
 
 
 @revisions_app.command("rollback")
@@ -273,7 +257,3 @@ def revisions_rollback(
 def _task_row(store: ModelStore, sha256: str) -> dict[str, Any]:
     file = read_module(store.module(sha256))
     return file.manifest.model_dump(mode="json") | {"sha256": sha256, "size_bytes": file.size_bytes}
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -47,6 +47,35 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     out.print(table)
 
 
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def print_impact(tasks: Iterable[Any], num_unmeasured: int) -> None:
+    """The impact of a change on each task that was measured: its health before and after, None where it is
+    not active."""
+
+    def cells(one: Any) -> list[str]:
+        return [
+            " → ".join(figure(getattr(health, name, None)) for health in (one.before, one.after))
+            for name in ("selection_accuracy", "accuracy", "ece")
+        ]
+
+    print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in tasks))
+    if num_unmeasured:
+        out.print(f"{num_unmeasured} more tasks, less like the changed ones, were not measured")
+
+
+def print_revisions(revisions: Iterable[Any]) -> None:
+    print_table(
+        ["revision", "when", "tasks", "reason", "author"],
+        (
+            (one.number, f"{one.created_at:%Y-%m-%d %H:%M:%S}", len(one.tasks), one.reason, one.author)
+            for one in revisions
+        ),
+    )
+
+
 def choose(value: str, allowed: tuple[Choice, ...], option: str) -> Choice:
     """The allowed value that was given; anything else is a usage error of `option`."""
     for one in allowed:

@@ -23,9 +23,11 @@ from service.audit import AuditLog
 from service.bodies import LimitBodies
 from service.engine import Engine
 from service.errors import InvalidSettings
+from service.open_inference.grpc_server import serving_grpc
+from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
-from service.routes import health, predict, revisions, tasks
+from service.routes import health, model_repository, open_inference, predict, revisions, tasks
 from service.routes.state import ServiceState, documented
 from service.settings import Settings
 from service.web import CloseWhenDraining, SecureHeaders
@@ -48,17 +50,18 @@ def create_app(
             engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
-                state = ServiceState(settings, engine, registry, access, quota)
+                repository = ModelRepository(registry, settings.max_history)
+                state = ServiceState(settings, engine, registry, access, quota, repository)
                 app.state.service = state
-                async with _following(registry, settings.store_poll_s):
+                async with _following(registry, settings.store_poll_s), serving_grpc(state):
                     state.is_ready = True
                     yield
                     state.is_ready = False
 
     app = _new_app(settings, lifespan)
-    routers = [predict.router, tasks.router]
+    routers = [predict.router, tasks.router, open_inference.router, model_repository.router]
     if settings.admin_port is None:
-        routers += [tasks.admin_router, revisions.router]
+        routers += [tasks.admin_router, revisions.router, model_repository.admin_router]
     _include(app, routers)
     return app
 
@@ -66,7 +69,8 @@ def create_app(
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port: tasks and revisions, over the running parts of `main`."""
     app = _new_app(settings, None, main.state)
-    _include(app, [tasks.router, tasks.admin_router, revisions.router])
+    routers = [tasks.router, tasks.admin_router, revisions.router]
+    _include(app, [*routers, model_repository.router, model_repository.admin_router])
     return app
 
 
@@ -75,6 +79,7 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     for router in routers:
         app.include_router(router, dependencies=documented)
     app.include_router(health.router)
+    app.include_router(open_inference.health_router)
 
 
 def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: State | None = None) -> FastAPI:
@@ -92,6 +97,8 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
 
     def limit_of(path: str, media_type: str) -> int:
         limit = settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+        if path.startswith("/v2/repository"):
+            limit = settings.max_json_bytes
         return min(limit, settings.max_json_bytes) if media_type == "application/json" else limit
 
     # Each wraps what stands above it: ids are there first, bodies are bounded last.

@@ -166,8 +166,8 @@ class Engine:
         question: Question,
         timeout_s: float | None = None,
     ) -> list[TimedAnswer]:
-        """Answer encoded pictures, or [B, D] float32 CLS vectors, in order, within `timeout_s` or the
-        default. Called on the event loop.
+        """Answer encoded pictures, [B, 3, H, W] uint8 pixels as the backbone takes them, or [B, D] float32
+        CLS vectors, in order, within `timeout_s` or the default. Called on the event loop.
 
         Raises Overloaded, ShuttingDown, EngineStopped, DeadlineExceeded, InvalidImage and UnknownTask.
         Cancelling the call takes its pictures out of the queue.
@@ -195,7 +195,7 @@ class Engine:
     ) -> list[TimedAnswer]:
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        if isinstance(pictures, Tensor):
+        if isinstance(pictures, Tensor) and pictures.dim() == 2:
             return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question, 0.0)
         prepared = await asyncio.gather(
             *(
@@ -223,13 +223,20 @@ class Engine:
 
     # -- the decode pool -----------------------------------------------------------------------------
 
-    def _prepare(self, data: bytes, question: Question, deadline: float) -> "_Entry | TimedAnswer":
+    def _prepare(
+        self, picture: bytes | Tensor, question: Question, deadline: float
+    ) -> "_Entry | TimedAnswer":
         """A picture ready for the device, or its answer where its CLS vector is known."""
         started = time.monotonic()
+        # No picture file begins like the key of pixels, so neither can stand for the other.
+        data = picture if isinstance(picture, bytes) else b"pixels:" + picture.numpy().tobytes()
         key = self.cache.key(data)
         if (cls_D := self.cache.get(key)) is not None:
             return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
-        pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
+        if isinstance(picture, bytes):
+            pixels = load_pixels(picture, self.backbone.preprocessing, self._settings.image_limits)
+        else:
+            pixels = picture
         return _Entry(key, pixels, question, time.monotonic() - started, deadline)
 
     def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:

@@ -13,6 +13,8 @@ ToscaError
 ├── UnsupportedMediaType
 ├── Unauthenticated          no key, or a wrong one
 ├── Forbidden                a key without the scope
+├── NotFound
+│   └── UnknownVersion       a model is not served in the version asked for
 ├── NotFinite                an answer that is no number
 ├── InvalidKeys              a keys file that cannot be used
 ├── InvalidSettings          settings that contradict each other or are unsafe
@@ -20,7 +22,7 @@ ToscaError
 └── CannotListen             the address is taken or is not ours
 """
 
-from model_store.errors import ToscaError
+from model_store.errors import NotFound, ToscaError
 
 
 class Refused(ToscaError):
@@ -81,6 +83,10 @@ class Forbidden(ToscaError):
     def __init__(self, message: str, *, scope: str | None) -> None:
         super().__init__(message)
         self.scope = scope
+
+
+class UnknownVersion(NotFound):
+    pass
 
 
 class NotFinite(ToscaError):

@@ -54,7 +54,9 @@ def status_of(error: ToscaError) -> int:
 def problem(
     status: int, kind: str, detail: str, instance: str, headers: dict[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
-    """A problem document as a response."""
+    """A problem document as a response; under /v2 the error object that the protocol there wants."""
+    if instance.startswith("/v2/") or instance == "/v2":
+        return JSONResponse({"error": detail[:_MAX_TEXT]}, status, headers=headers)
     context = current_request.get()
     body = {
         "type": f"urn:tosca:problem:{kind}",

@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     admin_port: int | None = Field(
         None, ge=0, le=65535, description="Port of its own for changes of the tasks; without: all on one."
     )
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the Open Inference Protocol over gRPC; without: none."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     runtime: str = Field("auto", description="auto (the tuned one) or a name of `tosca backbone tune`.")
 
@@ -74,6 +77,10 @@ class Settings(BaseSettings):
         description="Pictures with a p-value this low are abstained on; 0: never.",
     )
     max_requests_per_key: int = Field(64, gt=0, description="Requests of one key under way; more get 429.")
+    max_grpc_calls: int = Field(256, gt=0, description="gRPC calls under way; more are refused.")
+    max_history: int = Field(
+        256, gt=0, description="Revisions searched for tasks that the protocol may load again."
+    )
     request_timeout_s: float = Field(30.0, gt=0.0, description="A prediction not answered by then gets 504.")
     max_request_timeout_s: float = Field(
         120.0, gt=0.0, description="Longest that X-Request-Timeout may ask for."

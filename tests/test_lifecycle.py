@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 from cryptography import x509
@@ -24,6 +26,7 @@ from pictures import encoded, noise
 from serving import RunningServer, running_server
 
 from model_store.store import ModelStore, with_task
+from service.open_inference import inference_pb2
 
 MakeModule = Callable[..., bytes]
 PICTURE = encoded(noise())
@@ -140,6 +143,49 @@ def test_in_the_grace_period_the_server_is_not_ready_and_answers_on(
     assert "draining" in (tmp_path / "log").read_text()
 
 
+def test_sigterm_under_load_drops_no_grpc_call(store: ModelStore, tmp_path: Path) -> None:
+    """Clients that call while `ServerReady` says so get every answer."""
+    grpc_port = free_port()
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+    contents = inference_pb2.InferTensorContents(bytes_contents=[PICTURE])
+    tensor = inference_pb2.ModelInferRequest.InferInputTensor(
+        name="image", datatype="BYTES", shape=[1], contents=contents
+    )
+    asked = inference_pb2.ModelInferRequest(model_name="tosca", inputs=[tensor])
+
+    def ask() -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            infer = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                inference_pb2.ModelInferRequest.SerializeToString,
+                inference_pb2.ModelInferResponse.FromString,
+            )
+            while ask_ready(channel).ready:
+                try:
+                    infer(asked, timeout=30.0)
+                    outcome = "OK"
+                except grpc.RpcError as error:
+                    outcome = error.code().name
+                with lock:
+                    outcomes[outcome] += 1
+
+    with running_server(
+        store.url, tmp_path / "log", shutdown_grace_s=1.0, grpc_port=grpc_port, cls_cache_bytes=0
+    ) as server:
+        clients = [threading.Thread(target=ask) for _ in range(6)]
+        for one in clients:
+            one.start()
+        deadline = time.monotonic() + 60.0
+        while outcomes.total() < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        for one in clients:
+            one.join(60.0)
+        assert server.process.wait(30.0) == 0, (tmp_path / "log").read_text()
+    assert set(outcomes) == {"OK"} and outcomes.total() >= 60, outcomes
+
+
 def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> None:
     with running_server(store.url, tmp_path / "log", audit_log=tmp_path / "audit") as server:
         ids = {"x-request-id": "order-66", "traceparent": f"00-{'4' * 32}-{'5' * 16}-01"}
@@ -154,6 +200,21 @@ def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> Non
         ("asked", "birds", "order-66"),
         ("done", "birds", "order-66"),
     ]
+
+
+def ask_ready(channel: grpc.Channel) -> inference_pb2.ServerReadyResponse:
+    call = channel.unary_unary(
+        "/inference.GRPCInferenceService/ServerReady",
+        inference_pb2.ServerReadyRequest.SerializeToString,
+        inference_pb2.ServerReadyResponse.FromString,
+    )
+    return call(inference_pb2.ServerReadyRequest(), timeout=30.0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
@@ -183,9 +244,17 @@ def test_with_a_certificate_the_server_speaks_https_and_nothing_else(
     store: ModelStore, tmp_path: Path
 ) -> None:
     certificate, key = self_signed(tmp_path)
-    with running_server(store.url, tmp_path / "log", tls_certificate=certificate, tls_key=key) as server:
+    grpc_port = free_port()
+    settings = {"tls_certificate": certificate, "tls_key": key, "grpc_port": grpc_port}
+    with running_server(store.url, tmp_path / "log", **settings) as server:
         trusted = ssl.create_default_context(cafile=str(certificate))
         answer = httpx.post(f"{server.url}/predict", content=PICTURE, verify=trusted)
         assert answer.status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(server.url.replace("https", "http") + "/health/live")
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        address = f"127.0.0.1:{grpc_port}"
+        with grpc.secure_channel(address, credentials) as safe, grpc.insecure_channel(address) as plain:
+            assert ask_ready(safe).ready
+            with pytest.raises(grpc.RpcError):
+                ask_ready(plain)
