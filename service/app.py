@@ -25,7 +25,7 @@ from service.engine import Engine
 from service.errors import InvalidSettings
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
-from service.routes import health, predict, revisions, tasks
+from service.routes import health, predict, revisions, tasks, traffic
 from service.routes.state import ServiceState, documented
 from service.settings import Settings
 from service.web import CloseWhenDraining, SecureHeaders
@@ -56,7 +56,7 @@ def create_app(
                     state.is_ready = False
 
     app = _new_app(settings, lifespan)
-    routers = [predict.router, tasks.router]
+    routers = [predict.router, tasks.router, traffic.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
     _include(app, routers)
@@ -66,7 +66,7 @@ def create_app(
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port: tasks and revisions, over the running parts of `main`."""
     app = _new_app(settings, None, main.state)
-    _include(app, [tasks.router, tasks.admin_router, revisions.router])
+    _include(app, [tasks.router, traffic.router, tasks.admin_router, revisions.router])
     return app
 
 

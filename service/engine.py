@@ -40,6 +40,7 @@ from service.errors import (
     ShuttingDown,
 )
 from service.settings import Settings
+from service.traffic import Traffic
 
 log = logging.getLogger("tosca.engine")
 
@@ -110,6 +111,7 @@ class Engine:
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
+        self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -182,6 +184,8 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 answers = await self._answer_admitted(pictures, question, timeout_s)
             is_answered = True
+            for one in answers:
+                self.traffic.record(question.bank, one.answer, is_new=one.timings.batch_size > 0)
             return answers
         except TimeoutError as error:
             raise DeadlineExceeded(

@@ -106,6 +106,18 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
+    max_tracked_tasks: int = Field(
+        100,
+        gt=0,
+        description="Tasks with counts of their own in /traffic; further ones are counted together.",
+    )
+    drift_window: int = Field(
+        1000, gt=0, description="Pictures of a task after which its test for drift begins anew."
+    )
+    drift_alarm_rate: float = Field(
+        0.001, gt=0.0, lt=1.0, description="Share of windows without drift that may raise an alarm."
+    )
+
     exit_when_dead: bool = Field(
         True, description="End the process when it can answer no more, for a supervisor to start it again."
     )

@@ -222,6 +222,7 @@ ROUTES: list[tuple[str, str, Scope]] = [
     ("POST", "/predict", "predict"),
     ("GET", "/tasks", "read"),
     ("GET", "/tasks/birds", "read"),
+    ("GET", "/traffic", "read"),
     ("POST", "/tasks", "admin"),
     ("DELETE", "/tasks/birds", "admin"),
     ("GET", "/revisions", "admin"),
