@@ -10,9 +10,10 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from model_store.published_rule import least_uncertain
 from model_store.selection import Selection, WhitenedCosine, task_log_probs
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
+
+Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
 
 # The blend is fitted on at most this many calibration vectors of all tasks together.
 MAX_BLEND_VECTORS = 4096
@@ -137,12 +140,14 @@ class ModuleBank:
         top_k: int = 5,
         coverage: float | None = None,
         abstain_level: float = 0.0,
+        on_stage: Callable[[Stage], None] = lambda _: None,
     ) -> list[Answer]:
         """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides.
 
         With `coverage` in (0, 1) every answer carries the prediction set that holds the true label with
         that probability. A picture is abstained on when its p-value is at most `abstain_level`, or the
-        level of the answering task where its module states one. Raises InvalidRequest and UnknownTask.
+        level of the answering task where its module states one. `on_stage` is told the end of each stage,
+        for callers who have a clock. Raises InvalidRequest and UnknownTask.
         """
         if top_k < 1:
             raise InvalidRequest(f"top_k is {top_k}, at least 1 is needed")
@@ -159,12 +164,14 @@ class ModuleBank:
         elif selection == "entropy":
             if coverage is not None:
                 raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
-            return self._answer_by_entropy(cls_BD, score_BK, top_k, abstain_level)
+            return self._answer_by_entropy(cls_BD, score_BK, top_k, abstain_level, on_stage)
         else:
             if coverage is not None:
                 threshold = coverage_threshold(self.true_probability_N, coverage)
             joint, log_task_BT = self._joint, self._task_log_probs(score_BK)
+        on_stage("selected")
         found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
+        on_stage("evaluated")
         winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
         p_values = self._p_values(score_BK, winner_B)
@@ -227,10 +234,17 @@ class ModuleBank:
         return p_value_B.tolist()
 
     def _answer_by_entropy(
-        self, cls_BD: Tensor, score_BK: Tensor, top_k: int, abstain_level: float
+        self,
+        cls_BD: Tensor,
+        score_BK: Tensor,
+        top_k: int,
+        abstain_level: float,
+        on_stage: Callable[[Stage], None],
     ) -> list[Answer]:
         """The published rule. It answers over the classes of all tasks; label spaces play no part."""
+        on_stage("selected")
         rule = least_uncertain(self.modules, cls_BD)
+        on_stage("evaluated")
         value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
         p_values = self._p_values(score_BK, task_BK[:, 0])

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import State
 from starlette.types import Lifespan
@@ -23,11 +23,12 @@ from service.audit import AuditLog
 from service.bodies import LimitBodies
 from service.engine import Engine
 from service.errors import InvalidSettings
+from service.metrics import Metrics
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
-from service.routes import health, predict, revisions, tasks, traffic
-from service.routes.state import ServiceState, documented
-from service.settings import Settings
+from service.routes import health, metrics, predict, revisions, tasks, traffic
+from service.routes.state import ServiceState, documented, require
+from service.settings import Plane, Settings
 from service.web import CloseWhenDraining, SecureHeaders
 
 
@@ -41,32 +42,35 @@ def create_app(
     port set, changes of the tasks are left to `create_admin_app`.
     """
     access = Access(settings)
+    instruments = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with AuditLog(settings.audit_log) as audit:
-            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit)
+        with AuditLog(settings.audit_log, instruments.count_change) as audit:
+            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit, instruments)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
-                state = ServiceState(settings, engine, registry, access, quota)
+                state = ServiceState(settings, engine, registry, access, quota, instruments)
                 app.state.service = state
                 async with _following(registry, settings.store_poll_s):
                     state.is_ready = True
                     yield
                     state.is_ready = False
 
-    app = _new_app(settings, lifespan)
+    app = _new_app(settings, instruments, lifespan)
     routers = [predict.router, tasks.router, traffic.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
     _include(app, routers)
+    _include_metrics(app, settings, "main")
     return app
 
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port: tasks and revisions, over the running parts of `main`."""
-    app = _new_app(settings, None, main.state)
+    app = _new_app(settings, main.state.metrics, None, main.state)
     _include(app, [tasks.router, traffic.router, tasks.admin_router, revisions.router])
+    _include_metrics(app, settings, "admin")
     return app
 
 
@@ -77,7 +81,15 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     app.include_router(health.router)
 
 
-def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: State | None = None) -> FastAPI:
+def _include_metrics(app: FastAPI, settings: Settings, plane: Plane) -> None:
+    if settings.serves_metrics(plane):
+        needed = [*documented, Security(require("read"))] if settings.metrics_need_key else []
+        app.include_router(metrics.router, dependencies=needed)
+
+
+def _new_app(
+    settings: Settings, instruments: Metrics, lifespan: Lifespan[FastAPI] | None, state: State | None = None
+) -> FastAPI:
     app = FastAPI(
         title="TOSCA Serving",
         version=version("tosca-serving"),
@@ -88,6 +100,7 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
     )
     if state is not None:
         app.state = state
+    app.state.metrics = instruments
     problems.install(app)
 
     def limit_of(path: str, media_type: str) -> int:
@@ -111,7 +124,7 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
         )
     app.add_middleware(CloseWhenDraining, state=app.state)
     app.add_middleware(SecureHeaders)
-    app.add_middleware(TrackRequests)
+    app.add_middleware(TrackRequests, metrics=instruments)
     return app
 
 
@@ -129,7 +142,11 @@ async def _following(registry: TaskRegistry, poll_s: float) -> AsyncIterator[Non
 
 
 def _load(
-    settings: Settings, backbone: Backbone | None, store: ModelStore | None, audit: AuditLog
+    settings: Settings,
+    backbone: Backbone | None,
+    store: ModelStore | None,
+    audit: AuditLog,
+    instruments: Metrics,
 ) -> tuple[Engine, TaskRegistry]:
     store = store or ModelStore(settings.store)
     if backbone is None:
@@ -146,4 +163,4 @@ def _load(
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    return Engine(backbone, settings), TaskRegistry(publisher, audit)
+    return Engine(backbone, settings, instruments), TaskRegistry(publisher, audit)

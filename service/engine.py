@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model_store.answers import Answer
 from model_store.backbone import Backbone
-from model_store.bank import ModuleBank
+from model_store.bank import ModuleBank, Stage
 from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
@@ -39,6 +39,7 @@ from service.errors import (
     Overloaded,
     ShuttingDown,
 )
+from service.metrics import Metrics
 from service.settings import Settings
 from service.traffic import Traffic
 
@@ -56,29 +57,35 @@ class Question:
     coverage: float | None = None
     abstain_level: float = 0.0
 
-    def answer(self, cls_BD: Tensor) -> list[Answer]:
-        """What the bank answers, whether a pass or a cache gave the vectors."""
-        return self.bank.answer(
+    def answer(self, cls_BD: Tensor) -> tuple[list[Answer], float]:
+        """What the bank answers, whether a pass or a cache gave the vectors; and the seconds that its
+        modules took of that."""
+        ended_at: dict[Stage, float] = {}
+        answers = self.bank.answer(
             cls_BD,
             selection=self.selection,
             task=self.task,
             top_k=self.top_k,
             coverage=self.coverage,
             abstain_level=self.abstain_level,
+            on_stage=lambda stage: ended_at.update({stage: time.monotonic()}),
         )
+        return answers, ended_at["evaluated"] - ended_at["selected"]
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch.
+    """Seconds one picture spent in each stage; `backbone_s` and those after it are those of its batch.
 
-    `batch_size` is the number of pictures in the pass, 0 for a picture whose CLS vector was known.
+    `modules_s` is the part of `selection_s` that modules took. `batch_size` is the number of pictures in the
+    pass, 0 for a picture whose CLS vector was known.
     """
 
     decode_s: float
     queue_s: float
     backbone_s: float
     selection_s: float
+    modules_s: float
     batch_size: int
 
 
@@ -105,8 +112,9 @@ class _Entry:
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
 
-    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, metrics: Metrics | None = None) -> None:
         self.backbone = backbone
+        self.metrics = metrics or Metrics()
         self._settings = settings
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
@@ -144,6 +152,11 @@ class Engine:
     def num_admitted(self) -> int:
         """Pictures admitted and not yet answered."""
         return self._drain.num_inside
+
+    @property
+    def num_queued(self) -> int:
+        """Pictures decoded and waiting for the device, about."""
+        return self._queue.qsize()
 
     @property
     def drain_s(self) -> float:
@@ -184,8 +197,7 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 answers = await self._answer_admitted(pictures, question, timeout_s)
             is_answered = True
-            for one in answers:
-                self.traffic.record(question.bank, one.answer, is_new=one.timings.batch_size > 0)
+            self._record(answers, question.bank)
             return answers
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -225,6 +237,14 @@ class Engine:
                 entry.future.cancel()
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
+    def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
+        for one in answers:
+            is_new = one.timings.batch_size > 0
+            if is_new:
+                self.metrics.time_picture(one.timings.decode_s, one.timings.queue_s)
+            self.metrics.evaluated.observe(one.answer.num_modules_evaluated)
+            self.traffic.record(bank, one.answer, is_new=is_new)
+
     # -- the decode pool -----------------------------------------------------------------------------
 
     def _prepare(self, data: bytes, question: Question, deadline: float) -> "_Entry | TimedAnswer":
@@ -239,10 +259,12 @@ class Engine:
     def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
         """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
         started = time.monotonic()
-        answers = question.answer(cls_BD)
+        answers, modules_s = question.answer(cls_BD)
         for answer in answers:
             _check_finite(answer)
-        timings = Timings(decode_s, 0.0, 0.0, time.monotonic() - started, batch_size=0)
+        selection_s = time.monotonic() - started
+        self.metrics.time_answers(selection_s, modules_s)
+        timings = Timings(decode_s, 0.0, 0.0, selection_s, modules_s, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
     # -- the inference thread ------------------------------------------------------------------------
@@ -334,6 +356,7 @@ class Engine:
 
     def _answer_pass(self, live: list[_Entry], cls_BD: Tensor, started: float) -> None:
         backbone_s = time.monotonic() - started
+        self.metrics.time_pass(backbone_s, len(live))
         rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
             self._answer_group(live, list(group), cls_BD, started, backbone_s)
@@ -356,12 +379,13 @@ class Engine:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers = question.answer(cls_BD[rows])
+            answers, modules_s = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
             return
         selection_s = time.monotonic() - answering
+        self.metrics.time_answers(selection_s, modules_s)
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
             try:
@@ -369,7 +393,8 @@ class Engine:
             except NotFinite as fault:
                 entry.future.set_exception(fault)
                 continue
-            timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
+            queue_s = started - entry.queued_at
+            timings = Timings(entry.decode_s, queue_s, backbone_s, selection_s, modules_s, len(live))
             entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
 
 

@@ -56,6 +56,8 @@ def problem(
 ) -> JSONResponse:
     """A problem document as a response."""
     context = current_request.get()
+    if context is not None:
+        context.refusal = kind
     body = {
         "type": f"urn:tosca:problem:{kind}",
         "title": HTTPStatus(status).phrase,

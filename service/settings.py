@@ -15,6 +15,7 @@ from model_store.publishing import DEFAULT_MARGIN
 DEFAULT_ABSTAIN_LEVEL = 0.02
 
 Bytes = Annotated[int, Field(gt=0)]
+Plane = Literal["main", "admin"]
 Seconds = Annotated[float, Field(ge=0.0)]
 Words = Annotated[
     tuple[str, ...],
@@ -106,6 +107,12 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
+    metrics_on: Literal["both", "main", "admin", "nothing"] = Field(
+        "both", description="Ports that serve /metrics, where the admin port is one of its own."
+    )
+    metrics_need_key: bool = Field(
+        True, description="Whether /metrics needs scope read, where other routes do; they name the tasks."
+    )
     max_tracked_tasks: int = Field(
         100,
         gt=0,
@@ -126,6 +133,12 @@ class Settings(BaseSettings):
     def hosts(self) -> tuple[str, ...]:
         """Every address that is listened on."""
         return (self.host,) if self.admin_port is None else (self.host, self.admin_host)
+
+    def serves_metrics(self, plane: Plane) -> bool:
+        """Without an admin port the main one has them, unless nothing has."""
+        if self.admin_port is None:
+            return plane == "main" and self.metrics_on != "nothing"
+        return self.metrics_on in ("both", plane)
 
     @property
     def image_limits(self) -> ImageLimits:

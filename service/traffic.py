@@ -4,6 +4,7 @@ Written and read on the event loop, so that nothing needs a lock. Memory is boun
 are told apart, all others are counted together, and what is known of a task goes when the task does.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,24 +14,25 @@ from model_store.bank import ModuleBank
 from service.drift import DriftWatch
 from service.reliability import Reliability
 
-NUM_CONFIDENCE_BINS = 10
+# Bin i of a histogram of confidences holds those above the edge before and at most edge i.
+CONFIDENCE_EDGES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of answered pictures; bin i of the histogram holds confidences in [i/10, (i + 1)/10)."""
+    """Counts of answered pictures."""
 
     num_images: int = 0
     num_abstained: int = 0
     sum_of_confidences: float = 0.0
-    confidence_histogram: list[int] = field(default_factory=lambda: [0] * NUM_CONFIDENCE_BINS)
+    confidence_histogram: list[int] = field(default_factory=lambda: [0] * len(CONFIDENCE_EDGES))
 
     def add(self, answer: Answer) -> None:
         self.num_images += 1
         self.num_abstained += answer.abstained
         self.sum_of_confidences += answer.confidence
-        bin_ = int(answer.confidence * NUM_CONFIDENCE_BINS)
-        self.confidence_histogram[min(bin_, NUM_CONFIDENCE_BINS - 1)] += 1
+        bin_ = bisect_left(CONFIDENCE_EDGES, answer.confidence)
+        self.confidence_histogram[min(bin_, len(CONFIDENCE_EDGES) - 1)] += 1  # rounding may exceed 1
 
 
 @dataclass(slots=True)

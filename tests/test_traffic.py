@@ -51,7 +51,7 @@ def test_counts_and_histogram_by_task(make_bank: MakeBank) -> None:
     traffic.record(bank, answer("cars", abstained=True), is_new=True)
     (first, birds), (second, cars) = traffic.tasks()
     assert (first, second) == ("birds", "cars")
-    assert birds.tally.confidence_histogram == [2, 1, 0, 0, 0, 0, 0, 0, 0, 2]
+    assert birds.tally.confidence_histogram == [3, 0, 0, 0, 0, 0, 0, 0, 0, 2]
     assert (birds.tally.num_images, birds.tally.num_abstained) == (5, 0)
     assert (cars.tally.num_images, cars.tally.num_abstained) == (1, 1)
     assert (traffic.total.num_images, traffic.total.num_abstained) == (6, 1)
