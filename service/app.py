@@ -23,12 +23,13 @@ from service.audit import AuditLog
 from service.bodies import LimitBodies
 from service.engine import Engine
 from service.errors import InvalidSettings
-from service.metrics import Metrics
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
 from service.routes import health, metrics, predict, revisions, tasks, traffic
 from service.routes.state import ServiceState, documented, require
 from service.settings import Plane, Settings
+from service.telemetry import Telemetry
+from service.tracing import NO_TRACER, TraceRequests, Tracing
 from service.web import CloseWhenDraining, SecureHeaders
 
 
@@ -42,22 +43,26 @@ def create_app(
     port set, changes of the tasks are left to `create_admin_app`.
     """
     access = Access(settings)
-    instruments = Metrics()
+    tracing = Tracing(settings)
+    telemetry = Telemetry(tracer=tracing.tracer)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with AuditLog(settings.audit_log, instruments.count_change) as audit:
-            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit, instruments)
+        with (
+            contextlib.closing(tracing),
+            AuditLog(settings.audit_log, telemetry.metrics.count_change) as audit,
+        ):
+            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit, telemetry)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
-                state = ServiceState(settings, engine, registry, access, quota, instruments)
+                state = ServiceState(settings, engine, registry, access, quota)
                 app.state.service = state
                 async with _following(registry, settings.store_poll_s):
                     state.is_ready = True
                     yield
                     state.is_ready = False
 
-    app = _new_app(settings, instruments, lifespan)
+    app = _new_app(settings, telemetry, lifespan)
     routers = [predict.router, tasks.router, traffic.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
@@ -68,7 +73,7 @@ def create_app(
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port: tasks and revisions, over the running parts of `main`."""
-    app = _new_app(settings, main.state.metrics, None, main.state)
+    app = _new_app(settings, main.state.telemetry, None, main.state)
     _include(app, [tasks.router, traffic.router, tasks.admin_router, revisions.router])
     _include_metrics(app, settings, "admin")
     return app
@@ -88,7 +93,10 @@ def _include_metrics(app: FastAPI, settings: Settings, plane: Plane) -> None:
 
 
 def _new_app(
-    settings: Settings, instruments: Metrics, lifespan: Lifespan[FastAPI] | None, state: State | None = None
+    settings: Settings,
+    telemetry: Telemetry,
+    lifespan: Lifespan[FastAPI] | None,
+    state: State | None = None,
 ) -> FastAPI:
     app = FastAPI(
         title="TOSCA Serving",
@@ -100,7 +108,7 @@ def _new_app(
     )
     if state is not None:
         app.state = state
-    app.state.metrics = instruments
+    app.state.telemetry = telemetry
     problems.install(app)
 
     def limit_of(path: str, media_type: str) -> int:
@@ -124,7 +132,9 @@ def _new_app(
         )
     app.add_middleware(CloseWhenDraining, state=app.state)
     app.add_middleware(SecureHeaders)
-    app.add_middleware(TrackRequests, metrics=instruments)
+    if telemetry.tracer is not NO_TRACER:
+        app.add_middleware(TraceRequests, tracer=telemetry.tracer)
+    app.add_middleware(TrackRequests, metrics=telemetry.metrics)
     return app
 
 
@@ -146,7 +156,7 @@ def _load(
     backbone: Backbone | None,
     store: ModelStore | None,
     audit: AuditLog,
-    instruments: Metrics,
+    telemetry: Telemetry,
 ) -> tuple[Engine, TaskRegistry]:
     store = store or ModelStore(settings.store)
     if backbone is None:
@@ -163,4 +173,4 @@ def _load(
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    return Engine(backbone, settings, instruments), TaskRegistry(publisher, audit)
+    return Engine(backbone, settings, telemetry), TaskRegistry(publisher, audit)

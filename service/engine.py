@@ -39,8 +39,9 @@ from service.errors import (
     Overloaded,
     ShuttingDown,
 )
-from service.metrics import Metrics
 from service.settings import Settings
+from service.telemetry import Telemetry
+from service.timings import Interval, Timings
 from service.traffic import Traffic
 
 log = logging.getLogger("tosca.engine")
@@ -57,9 +58,8 @@ class Question:
     coverage: float | None = None
     abstain_level: float = 0.0
 
-    def answer(self, cls_BD: Tensor) -> tuple[list[Answer], float]:
-        """What the bank answers, whether a pass or a cache gave the vectors; and the seconds that its
-        modules took of that."""
+    def answer(self, cls_BD: Tensor) -> tuple[list[Answer], Interval]:
+        """What the bank answers, whether a pass or a cache gave the vectors; and when its modules ran."""
         ended_at: dict[Stage, float] = {}
         answers = self.bank.answer(
             cls_BD,
@@ -70,23 +70,7 @@ class Question:
             abstain_level=self.abstain_level,
             on_stage=lambda stage: ended_at.update({stage: time.monotonic()}),
         )
-        return answers, ended_at["evaluated"] - ended_at["selected"]
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds one picture spent in each stage; `backbone_s` and those after it are those of its batch.
-
-    `modules_s` is the part of `selection_s` that modules took. `batch_size` is the number of pictures in the
-    pass, 0 for a picture whose CLS vector was known.
-    """
-
-    decode_s: float
-    queue_s: float
-    backbone_s: float
-    selection_s: float
-    modules_s: float
-    batch_size: int
+        return answers, Interval(ended_at["selected"], ended_at["evaluated"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,18 +87,17 @@ class _Entry:
     key: bytes  # in the CLS cache
     pixels: Tensor
     question: Question
-    decode_s: float
+    decode: Interval
     deadline: float
-    queued_at: float = field(default_factory=time.monotonic)
     future: "Future[TimedAnswer]" = field(default_factory=Future)
 
 
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
 
-    def __init__(self, backbone: Backbone, settings: Settings, metrics: Metrics | None = None) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, telemetry: Telemetry | None = None) -> None:
         self.backbone = backbone
-        self.metrics = metrics or Metrics()
+        self.telemetry = telemetry or Telemetry()
         self._settings = settings
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
@@ -212,7 +195,7 @@ class Engine:
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         if isinstance(pictures, Tensor):
-            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question, 0.0)
+            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question)
         prepared = await asyncio.gather(
             *(
                 loop.run_in_executor(self._decoders, self._prepare, one, question, deadline)
@@ -239,11 +222,8 @@ class Engine:
 
     def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
         for one in answers:
-            is_new = one.timings.batch_size > 0
-            if is_new:
-                self.metrics.time_picture(one.timings.decode_s, one.timings.queue_s)
-            self.metrics.evaluated.observe(one.answer.num_modules_evaluated)
-            self.traffic.record(bank, one.answer, is_new=is_new)
+            self.telemetry.tell_picture(one.timings, one.answer.num_modules_evaluated)
+            self.traffic.record(bank, one.answer, is_new=not one.timings.is_known)
 
     # -- the decode pool -----------------------------------------------------------------------------
 
@@ -252,19 +232,22 @@ class Engine:
         started = time.monotonic()
         key = self.cache.key(data)
         if (cls_D := self.cache.get(key)) is not None:
-            return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
+            return self._answer_known(cls_D[None], question, started)[0]
         pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
-        return _Entry(key, pixels, question, time.monotonic() - started, deadline)
+        return _Entry(key, pixels, question, Interval(started, time.monotonic()), deadline)
 
-    def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
+    def _answer_known(
+        self, cls_BD: Tensor, question: Question, began_at: float | None = None
+    ) -> list[TimedAnswer]:
         """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
-        started = time.monotonic()
-        answers, modules_s = question.answer(cls_BD)
+        answering_at = time.monotonic()
+        answers, modules = question.answer(cls_BD)
         for answer in answers:
             _check_finite(answer)
-        selection_s = time.monotonic() - started
-        self.metrics.time_answers(selection_s, modules_s)
-        timings = Timings(decode_s, 0.0, 0.0, selection_s, modules_s, batch_size=0)
+        selection = Interval(answering_at, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
+        decode = Interval(answering_at if began_at is None else began_at, answering_at)
+        timings = Timings(decode, None, None, selection, modules, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
     # -- the inference thread ------------------------------------------------------------------------
@@ -355,11 +338,11 @@ class Engine:
             self._pass(live[start : start + size])
 
     def _answer_pass(self, live: list[_Entry], cls_BD: Tensor, started: float) -> None:
-        backbone_s = time.monotonic() - started
-        self.metrics.time_pass(backbone_s, len(live))
+        backbone = Interval(started, time.monotonic())
+        self.telemetry.metrics.time_pass(backbone, len(live))
         rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
-            self._answer_group(live, list(group), cls_BD, started, backbone_s)
+            self._answer_group(live, list(group), cls_BD, backbone)
 
     def _embed(self, live: list[_Entry]) -> Tensor:
         """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
@@ -373,19 +356,17 @@ class Engine:
                 self.cache.put(key, cls_D)
         return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
 
-    def _answer_group(
-        self, live: list[_Entry], rows: list[int], cls_BD: Tensor, started: float, backbone_s: float
-    ) -> None:
+    def _answer_group(self, live: list[_Entry], rows: list[int], cls_BD: Tensor, backbone: Interval) -> None:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers, modules_s = question.answer(cls_BD[rows])
+            answers, modules = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
             return
-        selection_s = time.monotonic() - answering
-        self.metrics.time_answers(selection_s, modules_s)
+        selection = Interval(answering, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
             try:
@@ -393,8 +374,8 @@ class Engine:
             except NotFinite as fault:
                 entry.future.set_exception(fault)
                 continue
-            queue_s = started - entry.queued_at
-            timings = Timings(entry.decode_s, queue_s, backbone_s, selection_s, modules_s, len(live))
+            queue = Interval(entry.decode.ended_at, backbone.began_at)
+            timings = Timings(entry.decode, queue, backbone, selection, modules, len(live))
             entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
 
 

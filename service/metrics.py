@@ -14,6 +14,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from service.timings import Interval, Timings
+
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _UP_TO_A_SECOND = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _UP_TO_A_MINUTE = (*_UP_TO_A_SECOND[2:], 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -84,18 +86,21 @@ class Metrics:
     def count_refusal(self, reason: str) -> None:
         self.refusals.labels(reason).inc()
 
-    def time_picture(self, decode_s: float, queue_s: float) -> None:
-        self.decode.observe(decode_s)
-        self.queue.observe(queue_s)
+    def time_picture(self, timings: Timings, num_modules: int) -> None:
+        """One answered picture; known ones were neither decoded nor queued."""
+        self.evaluated.observe(num_modules)
+        if timings.queue is not None:
+            self.decode.observe(timings.decode.duration_s)
+            self.queue.observe(timings.queue.duration_s)
 
-    def time_pass(self, backbone_s: float, num_pictures: int) -> None:
-        self.backbone.observe(backbone_s)
+    def time_pass(self, backbone: Interval, num_pictures: int) -> None:
+        self.backbone.observe(backbone.duration_s)
         self.batch.observe(num_pictures)
 
-    def time_answers(self, answering_s: float, modules_s: float) -> None:
-        """Pictures answered together; `modules_s` is the part of `answering_s` that modules took."""
-        self.selection.observe(answering_s - modules_s)
-        self.modules.observe(modules_s)
+    def time_answers(self, answering: Interval, modules: Interval) -> None:
+        """Pictures answered together; `modules` lies within `answering`."""
+        self.selection.observe(answering.duration_s - modules.duration_s)
+        self.modules.observe(modules.duration_s)
 
     def count_change(self, action: str, outcome: str, duration_s: float) -> None:
         self.change.labels(action, outcome).observe(duration_s)

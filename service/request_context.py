@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import Metrics
 
-_ASKED_BY_MACHINES = ("/health", "/metrics")  # every few seconds
+ASKED_BY_MACHINES = ("/health", "/metrics")  # every few seconds
 log = logging.getLogger("tosca.request")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context: version, trace id, parent id, flags; no id is all zeros, version ff is forbidden.
@@ -68,7 +68,7 @@ class TrackRequests:
             duration_s = time.monotonic() - started
             route = getattr(scope.get("route"), "path", None)
             self._metrics.count_request(scope["method"], route, status, duration_s, context.refusal)
-            level = logging.DEBUG if scope["path"].startswith(_ASKED_BY_MACHINES) else logging.INFO
+            level = logging.DEBUG if scope["path"].startswith(ASKED_BY_MACHINES) else logging.INFO
             fields = {
                 "method": scope["method"],
                 "path": scope["path"][:200],

@@ -133,12 +133,13 @@ class PredictResponse(Strict):
 
 
 def _stage_timings(one: TimedAnswer) -> StageTimings:
+    timings = one.timings
     return StageTimings(
-        decode_ms=one.timings.decode_s * 1e3,
-        queue_ms=one.timings.queue_s * 1e3,
-        backbone_ms=one.timings.backbone_s * 1e3,
-        selection_ms=one.timings.selection_s * 1e3,
-        batch_size=one.timings.batch_size,
+        decode_ms=1e3 * timings.decode.duration_s,
+        queue_ms=1e3 * timings.queue.duration_s if timings.queue else 0.0,
+        backbone_ms=1e3 * timings.backbone.duration_s if timings.backbone else 0.0,
+        selection_ms=1e3 * timings.selection.duration_s,
+        batch_size=timings.batch_size,
         modules_evaluated=one.answer.num_modules_evaluated,
     )
 

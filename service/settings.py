@@ -113,6 +113,12 @@ class Settings(BaseSettings):
     metrics_need_key: bool = Field(
         True, description="Whether /metrics needs scope read, where other routes do; they name the tasks."
     )
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="Send traces there over OTLP/HTTP, as http://collector:4318."
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0.0, le=1.0, description="Share of requests traced that come without a sampled parent."
+    )
     max_tracked_tasks: int = Field(
         100,
         gt=0,

@@ -15,5 +15,5 @@ _BODY = {"content": {"text/plain": {"schema": {"type": "string"}}}, "description
 @router.get("/metrics", responses={200: _BODY, **problems()}, response_class=Response)
 async def show_metrics(state: State) -> Response:
     """For Prometheus: every metric of docs/monitoring.md."""
-    text = await asyncio.to_thread(render, state.metrics, gather(state))
+    text = await asyncio.to_thread(render, state.engine.telemetry.metrics, gather(state))
     return Response(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -11,7 +11,6 @@ from service.access import Access, Caller
 from service.admission import KeyQuota
 from service.engine import Engine
 from service.keys import Scope
-from service.metrics import Metrics
 from service.registry import TaskRegistry
 from service.request_context import current_request
 from service.schemas import ProblemOut
@@ -27,7 +26,6 @@ class ServiceState:
     registry: TaskRegistry
     access: Access
     quota: KeyQuota
-    metrics: Metrics
     is_ready: bool = False
     is_draining: bool = False
 
