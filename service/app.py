@@ -25,7 +25,7 @@ from service.engine import Engine
 from service.errors import InvalidSettings
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
-from service.routes import health, metrics, predict, revisions, tasks, traffic
+from service.routes import feedback, health, metrics, predict, revisions, tasks, traffic
 from service.routes.state import ServiceState, documented, require
 from service.settings import Plane, Settings
 from service.telemetry import Telemetry
@@ -63,7 +63,7 @@ def create_app(
                     state.is_ready = False
 
     app = _new_app(settings, telemetry, lifespan)
-    routers = [predict.router, tasks.router, traffic.router]
+    routers = [predict.router, feedback.router, tasks.router, traffic.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
     _include(app, routers)
@@ -112,6 +112,8 @@ def _new_app(
     problems.install(app)
 
     def limit_of(path: str, media_type: str) -> int:
+        if path == "/feedback":
+            return settings.max_feedback_bytes
         limit = settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
         return min(limit, settings.max_json_bytes) if media_type == "application/json" else limit
 

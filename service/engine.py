@@ -39,6 +39,8 @@ from service.errors import (
     Overloaded,
     ShuttingDown,
 )
+from service.feedback import RecentAnswers
+from service.request_context import current_request
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.timings import Interval, Timings
@@ -103,6 +105,7 @@ class Engine:
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
         self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
+        self.recent = RecentAnswers(settings.max_recent_answers)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -221,9 +224,13 @@ class Engine:
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
     def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
-        for one in answers:
+        context = current_request.get()
+        for i, one in enumerate(answers):
             self.telemetry.tell_picture(one.timings, one.answer.num_modules_evaluated)
             self.traffic.record(bank, one.answer, is_new=not one.timings.is_known)
+            if context is not None:
+                sha256 = bank.module(one.answer.task).sha256
+                self.recent.remember(context.request_id, i, one.answer, sha256)
 
     # -- the decode pool -----------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def _of_drift(tasks: Sequence[tuple[str, TaskTraffic]]) -> Iterator[Metric]:
 
 
 def _of_feedback(tasks: Sequence[tuple[str, TaskTraffic]]) -> Iterator[Metric]:
-    labels = GaugeMetricFamily(
+    labels = CounterMetricFamily(
         "tosca_task_feedback_labels", "True labels that came back for the present module.", labels=["task"]
     )
     accuracy = GaugeMetricFamily(

@@ -59,6 +59,7 @@ class Settings(BaseSettings):
     max_json_bytes: Bytes = Field(
         16 * 2**20, description="Largest JSON body: parsing holds up everything else, unlike raw bodies."
     )
+    max_feedback_bytes: Bytes = Field(16 * 2**10, description="Largest body of /feedback.")
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
     max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
     max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
@@ -118,6 +119,9 @@ class Settings(BaseSettings):
     )
     trace_ratio: float = Field(
         1.0, ge=0.0, le=1.0, description="Share of requests traced that come without a sampled parent."
+    )
+    max_recent_answers: int = Field(
+        10_000, ge=0, description="Last answers that /feedback may be about, kept without their pictures."
     )
     max_tracked_tasks: int = Field(
         100,

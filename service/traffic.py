@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from model_store.answers import Answer
 from model_store.bank import ModuleBank
 from service.drift import DriftWatch
+from service.feedback import GivenAnswer
 from service.reliability import Reliability
 
 # Bin i of a histogram of confidences holds those above the edge before and at most edge i.
@@ -76,6 +77,16 @@ class Traffic:
         traffic.tally.add(answer)
         if is_new and traffic.module_sha256 == bank.module(answer.task).sha256:
             traffic.drift.add(answer.p_value)
+
+    def learn(self, bank: ModuleBank, given: GivenAnswer, *, is_correct: bool) -> bool:
+        """Take in whether an answer was right; False when its module is not active in `bank` any more, or its
+        task is not told apart."""
+        self.follow(bank)
+        known = self._tasks.get(given.task)
+        if known is None or known.module_sha256 != given.module_sha256:
+            return False
+        known.reliability.add(given.confidence, is_correct=is_correct)
+        return True
 
     def follow(self, bank: ModuleBank) -> None:
         """Forget tasks that are not active any more, and how modules did that were replaced."""

@@ -220,6 +220,7 @@ def test_pages_of_other_sites_cannot_use_a_visitors_open_server(
 
 ROUTES: list[tuple[str, str, Scope]] = [
     ("POST", "/predict", "predict"),
+    ("POST", "/feedback", "predict"),
     ("GET", "/tasks", "read"),
     ("GET", "/tasks/birds", "read"),
     ("GET", "/traffic", "read"),
@@ -331,7 +332,11 @@ def test_an_admin_port_takes_the_changes_off_the_main_one(
             here = client.request(method, path, headers=headers).status_code
             there = client.request(method, f"{admin}{path}", headers=headers).status_code
             assert (here in (404, 405)) == (scope == "admin" or path == "/tasks/birds"), (method, path, here)
-            assert (there == 404) == (path in ("/predict", "/tasks/birds")), (method, path, there)
+            assert (there == 404) == (path in ("/predict", "/feedback", "/tasks/birds")), (
+                method,
+                path,
+                there,
+            )
         added = client.post(f"{admin}/tasks", content=make_module("birds"), headers=headers)
         assert added.status_code == 201
         assert client.get("/tasks", headers=headers).json()["revision"] == added.json()["revision"]

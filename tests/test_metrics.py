@@ -61,7 +61,12 @@ def table_of(text: str) -> list[str]:
 
 
 def test_table_in_the_document_is_what_is_exported(client: TestClient) -> None:
-    ask(client)
+    ask(client, task="birds")
+    told = {"request_id": "one", "label": "a sparrow"}
+    client.post(
+        "/predict", params={"task": "birds"}, content=encoded(noise()), headers={"x-request-id": "one"}
+    )
+    assert client.post("/feedback", json=told).json()["counted"]
     client.get("/tasks/nothing")
     table = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     exported = table_of(client.get("/metrics").text)
