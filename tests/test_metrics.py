@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from exposed import families, label_names, make_traffic
 from pictures import encoded, noise
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from model_store.backbone import Backbone
@@ -14,6 +14,7 @@ from service.app import create_admin_app, create_app
 from service.settings import Settings
 
 MakeModule = Callable[..., bytes]
+OF_LIBRARIES = {"process": "Of the process.", "python": "Of the interpreter."}
 DOCUMENT = Path(__file__).parents[1] / "docs/monitoring.md"
 
 
@@ -37,45 +38,35 @@ def ask(client: TestClient, seed: int = 0, **query: str) -> None:
 
 def samples(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
     """Values by the name of the series and its label values, in the order of their names."""
-    families = text_string_to_metric_families(client.get("/metrics").text)
     return {
         (sample.name, tuple(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in families
+        for family in families(client)
         for sample in family.samples
     }
 
 
-def table_of(text: str) -> list[str]:
+def table_of(client: TestClient) -> list[str]:
     """The rows of docs/monitoring.md for what is exported: name, type, labels, meaning."""
     rows = []
-    for family in text_string_to_metric_families(text):
+    for family in families(client):
         suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
-        labels = {name for sample in family.samples for name in sample.labels if name != "le"}
-        owner = family.name.partition("_")[0]
-        meaning = {"process": "Of the process.", "python": "Of the interpreter."}.get(
-            owner, family.documentation
-        )
+        meaning = OF_LIBRARIES.get(family.name.partition("_")[0], family.documentation)
         name = family.name if family.name.endswith(suffix) else f"{family.name}{suffix}"
-        rows.append(f"| `{name}` | {family.type} | {', '.join(sorted(labels))} | {meaning} |")
+        rows.append(f"| `{name}` | {family.type} | {', '.join(sorted(label_names(family)))} | {meaning} |")
     return sorted(rows)
 
 
 def test_table_in_the_document_is_what_is_exported(client: TestClient) -> None:
-    ask(client, task="birds")
-    told = {"request_id": "one", "label": "a sparrow"}
-    client.post(
-        "/predict", params={"task": "birds"}, content=encoded(noise()), headers={"x-request-id": "one"}
-    )
-    assert client.post("/feedback", json=told).json()["counted"]
-    client.get("/tasks/nothing")
-    table = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
-    exported = table_of(client.get("/metrics").text)
+    make_traffic(client, "birds")
+    prefixes = ("| `tosca_", "| `process_", "| `python_")
+    table = [line for line in DOCUMENT.read_text().splitlines() if line.startswith(prefixes)]
+    exported = table_of(client)
     assert table == exported, "docs/monitoring.md should have\n" + "\n".join(exported)
 
 
 def test_names_follow_the_conventions(client: TestClient) -> None:
     """Base units, no abbreviated or milli units, counters end in _total."""
-    for family in text_string_to_metric_families(client.get("/metrics").text):
+    for family in families(client):
         assert family.name.startswith(("tosca_", "process_", "python_"))
         assert not family.name.endswith(("_ms", "_milliseconds", "_kb", "_megabytes", "_percent"))
         assert family.documentation
