@@ -132,7 +132,7 @@ class Engine:
         """False when the inference thread has died or one pass has taken longer than `stall_after_s`."""
         busy_since = self._busy_since
         stalled = busy_since is not None and time.monotonic() - busy_since > self._settings.stall_after_s
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not self._has_died and not stalled
 
     @property
     def num_admitted(self) -> int:
