@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,7 @@ install: $(VENV)/.installed ## virtual environment with every extra, pinned by c
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,openvino,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,openvino,tracing,demo,dev]'
 	touch $@
 
 demo: .tosca/demo.done ## default backbone and two demo tasks, trained on real pictures
@@ -101,6 +101,15 @@ sbom: install .tosca/lock-tools/.installed ## what is installed, as CycloneDX JS
 
 audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements.lock (asks PyPI's advisory service)
 	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+
+# Debian's package, unpacked and not installed.
+.tosca/prometheus/.unpacked:
+	mkdir -p .tosca/prometheus
+	cd .tosca/prometheus && apt-get download prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	touch $@
+
+test-monitoring: install .tosca/prometheus/.unpacked ## alert rules and every query of the dashboard, by a real Prometheus; needs Debian
+	$(BIN)/pytest tests/test_prometheus.py -m slow -s
 
 fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing for each reader of strangers' bytes
 	PYTHONPATH=.tosca/fuzz-tools $(BIN)/python tests/fuzz/__main__.py

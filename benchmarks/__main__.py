@@ -12,6 +12,7 @@ ALL = (
     "tasks",
     "cycles",
     "serving",
+    "telemetry",
     "plots",
 )
 

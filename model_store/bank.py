@@ -11,8 +11,9 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # M calibration vectors
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ from model_store.selection import (
 )
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
+
+Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +151,14 @@ class ModuleBank:
         top_k: int = 5,
         coverage: float | None = None,
         abstain_level: float = 0.0,
+        on_stage: Callable[[Stage], None] = lambda _: None,
     ) -> list[Answer]:
         """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides.
 
         With `coverage` in (0, 1) every answer carries the prediction set that holds the true label with
         that probability. A picture is abstained on when its p-value is at most `abstain_level`, or the
-        level of the answering task where its module states one. Raises InvalidRequest and UnknownTask.
+        level of the answering task where its module states one. `on_stage` is told the end of each stage,
+        for callers who have a clock. Raises InvalidRequest and UnknownTask.
         """
         if top_k < 1:
             raise InvalidRequest(f"top_k is {top_k}, at least 1 is needed")
@@ -170,13 +175,15 @@ class ModuleBank:
         elif selection == "entropy":
             if coverage is not None:
                 raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
-            return self._answer_by_entropy(cls_BD, top_k, abstain_level)
+            return self._answer_by_entropy(cls_BD, top_k, abstain_level, on_stage)
         else:
             if coverage is not None:
                 threshold = coverage_threshold(self.true_probability_N, coverage)
             joint = self._joint
             score_BK, log_task_BT = self._weigh_tasks(cls_BD, threshold)
+        on_stage("selected")
         found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
+        on_stage("evaluated")
         winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
         p_values = self._p_values(score_BK, winner_B)
@@ -288,9 +295,13 @@ class ModuleBank:
             p_value_B[rows] = conformal_p_values(best_N, self._known_vectors_of(t).best_score_M)
         return p_value_B.tolist()
 
-    def _answer_by_entropy(self, cls_BD: Tensor, top_k: int, abstain_level: float) -> list[Answer]:
+    def _answer_by_entropy(
+        self, cls_BD: Tensor, top_k: int, abstain_level: float, on_stage: Callable[[Stage], None]
+    ) -> list[Answer]:
         """The published rule. It answers over the classes of all tasks; label spaces play no part."""
+        on_stage("selected")
         rule = least_uncertain(self.modules, cls_BD)
+        on_stage("evaluated")
         value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
         score_BK = self._scores_of(task_BK[:, 0].unique().tolist(), cls_BD)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model_store.answers import Answer
 from model_store.backbone import Backbone
-from model_store.bank import ModuleBank
+from model_store.bank import ModuleBank, Stage
 from model_store.errors import ToscaError
 from model_store.preprocess import load_pixels
 from model_store.selection import Selection
@@ -39,7 +39,12 @@ from service.errors import (
     Overloaded,
     ShuttingDown,
 )
+from service.feedback import RecentAnswers
+from service.request_context import current_request
 from service.settings import Settings
+from service.telemetry import Telemetry
+from service.timings import Interval, Timings
+from service.traffic import Traffic
 
 log = logging.getLogger("tosca.engine")
 
@@ -55,30 +60,19 @@ class Question:
     coverage: float | None = None
     abstain_level: float = 0.0
 
-    def answer(self, cls_BD: Tensor) -> list[Answer]:
-        """What the bank answers, whether a pass or a cache gave the vectors."""
-        return self.bank.answer(
+    def answer(self, cls_BD: Tensor) -> tuple[list[Answer], Interval]:
+        """What the bank answers, whether a pass or a cache gave the vectors; and when its modules ran."""
+        ended_at: dict[Stage, float] = {}
+        answers = self.bank.answer(
             cls_BD,
             selection=self.selection,
             task=self.task,
             top_k=self.top_k,
             coverage=self.coverage,
             abstain_level=self.abstain_level,
+            on_stage=lambda stage: ended_at.update({stage: time.monotonic()}),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch.
-
-    `batch_size` is the number of pictures in the pass, 0 for a picture whose CLS vector was known.
-    """
-
-    decode_s: float
-    queue_s: float
-    backbone_s: float
-    selection_s: float
-    batch_size: int
+        return answers, Interval(ended_at["selected"], ended_at["evaluated"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +89,23 @@ class _Entry:
     key: bytes  # in the CLS cache
     pixels: Tensor
     question: Question
-    decode_s: float
+    decode: Interval
     deadline: float
-    queued_at: float = field(default_factory=time.monotonic)
     future: "Future[TimedAnswer]" = field(default_factory=Future)
 
 
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
 
-    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, telemetry: Telemetry | None = None) -> None:
         self.backbone = backbone
+        self.telemetry = telemetry or Telemetry()
         self._settings = settings
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
+        self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
+        self.recent = RecentAnswers(settings.max_recent_answers)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
@@ -136,12 +132,17 @@ class Engine:
         """False when the inference thread has died or one pass has taken longer than `stall_after_s`."""
         busy_since = self._busy_since
         stalled = busy_since is not None and time.monotonic() - busy_since > self._settings.stall_after_s
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not self._has_died and not stalled
 
     @property
     def num_admitted(self) -> int:
         """Pictures admitted and not yet answered."""
         return self._drain.num_inside
+
+    @property
+    def num_queued(self) -> int:
+        """Pictures decoded and waiting for the device, about."""
+        return self._queue.qsize()
 
     @property
     def drain_s(self) -> float:
@@ -182,6 +183,7 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 answers = await self._answer_admitted(pictures, question, timeout_s)
             is_answered = True
+            self._record(answers, question.bank)
             return answers
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -196,7 +198,7 @@ class Engine:
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         if isinstance(pictures, Tensor) and pictures.dim() == 2:
-            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question, 0.0)
+            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question)
         prepared = await asyncio.gather(
             *(
                 loop.run_in_executor(self._decoders, self._prepare, one, question, deadline)
@@ -221,6 +223,15 @@ class Engine:
                 entry.future.cancel()
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
+    def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
+        context = current_request.get()
+        for i, one in enumerate(answers):
+            self.telemetry.tell_picture(one.timings, one.answer.num_modules_evaluated)
+            self.traffic.record(bank, one.answer, is_new=not one.timings.is_known)
+            if context is not None:
+                sha256 = bank.module(one.answer.task).sha256
+                self.recent.remember(context.request_id, i, one.answer, sha256)
+
     # -- the decode pool -----------------------------------------------------------------------------
 
     def _prepare(
@@ -232,20 +243,26 @@ class Engine:
         data = picture if isinstance(picture, bytes) else b"pixels:" + picture.numpy().tobytes()
         key = self.cache.key(data)
         if (cls_D := self.cache.get(key)) is not None:
-            return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
+            return self._answer_known(cls_D[None], question, started)[0]
         if isinstance(picture, bytes):
             pixels = load_pixels(picture, self.backbone.preprocessing, self._settings.image_limits)
         else:
             pixels = picture
-        return _Entry(key, pixels, question, time.monotonic() - started, deadline)
+        return _Entry(key, pixels, question, Interval(started, time.monotonic()), deadline)
 
-    def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
+
+    def _answer_known(
+        self, cls_BD: Tensor, question: Question, began_at: float | None = None
+    ) -> list[TimedAnswer]:
         """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
-        started = time.monotonic()
-        answers = question.answer(cls_BD)
+        answering_at = time.monotonic()
+        answers, modules = question.answer(cls_BD)
         for answer in answers:
             _check_finite(answer)
-        timings = Timings(decode_s, 0.0, 0.0, time.monotonic() - started, batch_size=0)
+        selection = Interval(answering_at, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
+        decode = Interval(answering_at if began_at is None else began_at, answering_at)
+        timings = Timings(decode, None, None, selection, modules, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
     # -- the inference thread ------------------------------------------------------------------------
@@ -336,10 +353,11 @@ class Engine:
             self._pass(live[start : start + size])
 
     def _answer_pass(self, live: list[_Entry], cls_BD: Tensor, started: float) -> None:
-        backbone_s = time.monotonic() - started
+        backbone = Interval(started, time.monotonic())
+        self.telemetry.metrics.time_pass(backbone, len(live))
         rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
-            self._answer_group(live, list(group), cls_BD, started, backbone_s)
+            self._answer_group(live, list(group), cls_BD, backbone)
 
     def _embed(self, live: list[_Entry]) -> Tensor:
         """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
@@ -353,18 +371,17 @@ class Engine:
                 self.cache.put(key, cls_D)
         return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
 
-    def _answer_group(
-        self, live: list[_Entry], rows: list[int], cls_BD: Tensor, started: float, backbone_s: float
-    ) -> None:
+    def _answer_group(self, live: list[_Entry], rows: list[int], cls_BD: Tensor, backbone: Interval) -> None:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers = question.answer(cls_BD[rows])
+            answers, modules = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
             return
-        selection_s = time.monotonic() - answering
+        selection = Interval(answering, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
             try:
@@ -372,7 +389,8 @@ class Engine:
             except NotFinite as fault:
                 entry.future.set_exception(fault)
                 continue
-            timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
+            queue = Interval(entry.decode.ended_at, backbone.began_at)
+            timings = Timings(entry.decode, queue, backbone, selection, modules, len(live))
             entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
 
 

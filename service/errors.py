@@ -19,7 +19,8 @@ ToscaError
 ├── InvalidKeys              a keys file that cannot be used
 ├── InvalidSettings          settings that contradict each other or are unsafe
 ├── AuditUnavailable         the audit log cannot be written
-└── CannotListen             the address is taken or is not ours
+├── CannotListen             the address is taken or is not ours
+└── UnknownAnswer            (a NotFound) feedback on an answer that is not remembered
 """
 
 from model_store.errors import NotFound, ToscaError
@@ -106,4 +107,8 @@ class AuditUnavailable(ToscaError):
 
 
 class CannotListen(ToscaError):
+    pass
+
+
+class UnknownAnswer(NotFound):
     pass

@@ -16,7 +16,7 @@ from model_store.errors import Conflict, ImageTooLarge, InvalidRequest
 from model_store.signatures import Signature
 from service.bodies import media_type_of
 from service.errors import UnsupportedMediaType
-from service.schemas import PredictRequest, StoredModule
+from service.schemas import FeedbackRequest, PredictRequest, StoredModule
 
 # CLS vectors leave a layer norm: their numbers are of the order of ten.
 MAX_CLS_VALUE = 1e4
@@ -111,6 +111,14 @@ async def read_module_body(request: Request) -> bytes | StoredModule:
         f"content type {media_type!r}: send a module file as application/octet-stream or "
         "multipart/form-data, or application/json with module_sha256"
     )
+
+
+async def read_feedback(request: Request) -> FeedbackRequest:
+    """Raises InvalidRequest and UnsupportedMediaType."""
+    media_type = media_type_of(request.headers)
+    if media_type != "application/json":
+        raise UnsupportedMediaType(f"content type {media_type!r}: send application/json")
+    return await _json(request, FeedbackRequest, max_elements=256)  # a label may have commas
 
 
 def read_signature(header: str | None) -> Signature | None:

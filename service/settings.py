@@ -15,6 +15,7 @@ from model_store.publishing import DEFAULT_MARGIN
 DEFAULT_ABSTAIN_LEVEL = 0.02
 
 Bytes = Annotated[int, Field(gt=0)]
+Plane = Literal["main", "admin"]
 Seconds = Annotated[float, Field(ge=0.0)]
 Words = Annotated[
     tuple[str, ...],
@@ -61,6 +62,7 @@ class Settings(BaseSettings):
     max_json_bytes: Bytes = Field(
         16 * 2**20, description="Largest JSON body: parsing holds up everything else, unlike raw bodies."
     )
+    max_feedback_bytes: Bytes = Field(16 * 2**10, description="Largest body of /feedback.")
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
     max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
     max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
@@ -116,6 +118,33 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
+    metrics_on: Literal["both", "main", "admin", "nothing"] = Field(
+        "both", description="Ports that serve /metrics, where the admin port is one of its own."
+    )
+    metrics_need_key: bool = Field(
+        True, description="Whether /metrics needs scope read, where other routes do; they name the tasks."
+    )
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="Send traces there over OTLP/HTTP, as http://collector:4318."
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0.0, le=1.0, description="Share of requests traced that come without a sampled parent."
+    )
+    max_recent_answers: int = Field(
+        10_000, ge=0, description="Last answers that /feedback may be about, kept without their pictures."
+    )
+    max_tracked_tasks: int = Field(
+        100,
+        gt=0,
+        description="Tasks with counts of their own in /traffic; further ones are counted together.",
+    )
+    drift_window: int = Field(
+        1000, gt=0, description="Pictures of a task after which its test for drift begins anew."
+    )
+    drift_alarm_rate: float = Field(
+        0.001, gt=0.0, lt=1.0, description="Share of windows without drift that may raise an alarm."
+    )
+
     exit_when_dead: bool = Field(
         True, description="End the process when it can answer no more, for a supervisor to start it again."
     )
@@ -124,6 +153,12 @@ class Settings(BaseSettings):
     def hosts(self) -> tuple[str, ...]:
         """Every address that is listened on."""
         return (self.host,) if self.admin_port is None else (self.host, self.admin_host)
+
+    def serves_metrics(self, plane: Plane) -> bool:
+        """Without an admin port the main one has them, unless nothing has."""
+        if self.admin_port is None:
+            return plane == "main" and self.metrics_on != "nothing"
+        return self.metrics_on in ("both", plane)
 
     @property
     def image_limits(self) -> ImageLimits:

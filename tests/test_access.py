@@ -220,8 +220,11 @@ def test_pages_of_other_sites_cannot_use_a_visitors_open_server(
 
 ROUTES: list[tuple[str, str, Scope]] = [
     ("POST", "/predict", "predict"),
+    ("POST", "/feedback", "predict"),
     ("GET", "/tasks", "read"),
     ("GET", "/tasks/birds", "read"),
+    ("GET", "/traffic", "read"),
+    ("GET", "/metrics", "read"),
     ("POST", "/tasks", "admin"),
     ("DELETE", "/tasks/birds", "admin"),
     ("GET", "/revisions", "admin"),
@@ -346,7 +349,8 @@ def test_an_admin_port_takes_the_changes_off_the_main_one(
             here = client.request(method, path, headers=headers).status_code
             there = client.request(method, f"{admin}{path}", headers=headers).status_code
             assert (here in (404, 405)) == (scope == "admin" or path == "/tasks/birds"), (method, path, here)
-            assert (there == 404) == (path in ("/predict", "/tasks/birds")), (method, path, there)
+            absent = ("/predict", "/feedback", "/tasks/birds")
+            assert (there == 404) == (path in absent), (method, path, there)
         load = "/v2/repository/models/birds/load"
         assert client.post(load, headers=headers).json() == {"error": "Not Found"}
         assert "no task 'birds'" in client.post(f"{admin}{load}", headers=headers).json()["error"]
