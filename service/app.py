@@ -26,6 +26,7 @@ from service.errors import InvalidSettings
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
 from service.routes import health, predict, revisions, tasks, traffic
+from service.routes.console import add_console
 from service.routes.state import ServiceState, documented
 from service.settings import Settings
 from service.web import CloseWhenDraining, SecureHeaders
@@ -38,7 +39,7 @@ def create_app(
 
     At start it opens the store, loads and warms up the backbone (unless they are given), builds the bank of
     the newest revision, and only then is ready. At stop it answers what it has admitted. With an admin
-    port set, changes of the tasks are left to `create_admin_app`.
+    port set, changes of the tasks and the console are left to `create_admin_app`.
     """
     access = Access(settings)
 
@@ -60,13 +61,18 @@ def create_app(
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router]
     _include(app, routers)
+    if settings.admin_port is None and settings.show_console:
+        add_console(app)
     return app
 
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
-    """The application of the admin port: tasks and revisions, over the running parts of `main`."""
+    """The application of the admin port, over the running parts of `main`: everything, so that the console
+    finds all it needs where it came from."""
     app = _new_app(settings, None, main.state)
-    _include(app, [tasks.router, traffic.router, tasks.admin_router, revisions.router])
+    _include(app, [predict.router, tasks.router, traffic.router, tasks.admin_router, revisions.router])
+    if settings.show_console:
+        add_console(app)
     return app
 
 
