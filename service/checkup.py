@@ -1,7 +1,7 @@
 """What `tosca doctor` looks at in a service: its settings, its keys, its certificate, and whether it runs."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
@@ -64,7 +64,7 @@ def _certificate(settings: Settings) -> Iterator[Finding]:
         yield Finding("service", "certificate", "broken", f"{settings.tls_certificate}: {error}")
         return
     ends = certificate.not_valid_after_utc
-    left = ends - datetime.now(UTC)
+    left = ends - now_utc()
     state: State = "broken" if left < timedelta(0) else "warning" if left < _SOON else "ok"
     yield Finding("service", "certificate", state, f"valid until {ends:%Y-%m-%d}")
 

@@ -41,16 +41,6 @@ export async function call(method, path, { query = {}, body = null, headers = {}
   return response.json();
 }
 
-/** The same, or null where the service has no such resource. */
-export async function callIfThere(path) {
-  try {
-    return await call("GET", path);
-  } catch (error) {
-    if (error.status === 404) return null;
-    throw error;
-  }
-}
-
 async function refusal(response) {
   let text = `the service answered ${response.status} ${response.statusText}`;
   if (response.headers.get("content-type")?.startsWith("application/problem+json")) {

@@ -3,6 +3,10 @@
 import { element } from "./elements.js";
 import { short } from "./format.js";
 
+const ADDED = ["good", "+", "added"];
+const REMOVED = ["bad", "−", "removed"];
+const REPLACED = ["warn", "±", "replaced"];
+
 /** Changes from one map of task to module digest to another, by task name. */
 export function changesBetween(before, after) {
   const names = [...new Set([...Object.keys(before), ...Object.keys(after)])].sort();
@@ -18,7 +22,7 @@ export function changeList(changes, empty) {
 }
 
 function changeItem({ task, before, after }) {
-  const [kind, sign, verb] = before === null ? ["good", "+", "added"] : after === null ? ["bad", "−", "removed"] : ["warn", "±", "replaced"];
+  const [kind, sign, verb] = before === null ? ADDED : after === null ? REMOVED : REPLACED;
   const digests = [before, after].filter((one) => one !== null).map(short).join(" → ");
   return element(
     "li",

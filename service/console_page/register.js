@@ -66,7 +66,13 @@ function showImpact(module, report, tasks) {
   const name = replaced ?? report.impact.find((one) => one.before === null).task;
   const isHarmful = report.harmed.length > 0;
   byId("impact").replaceChildren(
-    element("p", {}, replaced ? "Would replace " : "Would add ", element("strong", { text: name }), ` (${size(module.size)}).`),
+    element(
+      "p",
+      {},
+      replaced ? "Would replace " : "Would add ",
+      element("strong", { text: name }),
+      ` (${size(module.size)}).`,
+    ),
     isHarmful
       ? notice("warn", `Lowers ${report.harmed.join(", ")} by more than the margin.`)
       : notice("good", "No other task loses more than the margin."),

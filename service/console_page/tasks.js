@@ -1,6 +1,6 @@
 // The view of the active tasks: how good, how large, how old, how much asked, and whether pictures drift.
 
-import { call, callIfThere } from "./api.js";
+import { call } from "./api.js";
 import { bar, byId, element, table } from "./elements.js";
 import { faultNotice } from "./faults.js";
 import { age, count, date, figure, percent, short, size } from "./format.js";
@@ -10,14 +10,13 @@ const HISTORY = 200; // revisions looked through for the age of a task
 export async function refreshTasks() {
   try {
     const { tasks, revision } = await call("GET", "tasks");
-    const [traffic, since] = await Promise.all([orNull(callIfThere("traffic")), orNull(activeSince(tasks))]);
+    const [traffic, since] = await Promise.all([orNull(call("GET", "traffic")), orNull(activeSince(tasks))]);
     const total = tasks.reduce((sum, one) => sum + one.size_bytes, 0);
     byId("tasks-summary").textContent =
       `Revision ${revision}: ${count(tasks.length, "task")} in ${size(total)}` +
       (traffic ? `; ${count(traffic.images, "picture")} since ${date(traffic.since)}.` : ".");
-    byId("task-table").replaceChildren(
-      tasks.length ? taskTable(tasks, traffic, since) : element("p", { class: "empty", text: "No task is active yet." }),
-    );
+    const empty = element("p", { class: "empty", text: "No task is active yet." });
+    byId("task-table").replaceChildren(tasks.length ? taskTable(tasks, traffic, since) : empty);
   } catch (error) {
     byId("task-table").replaceChildren(faultNotice(error));
   }
@@ -35,7 +34,7 @@ async function orNull(promise) {
 
 /** By task, when its module became active; tasks older than the history looked through are left out. */
 async function activeSince(tasks) {
-  const revisions = (await call("GET", "revisions", { query: { limit: HISTORY } })) ?? [];
+  const revisions = await call("GET", "revisions", { query: { limit: HISTORY } });
   const since = {};
   for (const { task, module_sha256: sha256 } of tasks) {
     const end = revisions.findIndex((one) => one.tasks[task] !== sha256);
@@ -60,9 +59,13 @@ function taskTable(tasks, traffic, since) {
       number(size(one.size_bytes)),
       activeAge(since?.[one.task]),
       ...(withTraffic ? trafficCells(byTask.get(one.task)) : []),
-      element("code", { title: one.module_sha256, text: short(one.module_sha256) + (one.signer ? ` ${one.signer}` : "") }),
+      digest(one),
     ]),
   );
+}
+
+function digest({ module_sha256: sha256, signer }) {
+  return element("code", { title: sha256, text: signer ? `${short(sha256)} by ${signer}` : short(sha256) });
 }
 
 function number(text) {
@@ -74,10 +77,11 @@ function name(one) {
     one.label_space ? `label space ${one.label_space}` : null,
     one.abstain_level !== null && one.abstain_level !== undefined ? `abstains at ${one.abstain_level}` : null,
   ].filter(Boolean);
+  const labels = element("span", { class: "muted", text: ` ${count(one.labels.length, "label")}` });
   return element(
     "details",
     {},
-    element("summary", {}, one.task, element("span", { class: "muted", text: ` ${count(one.labels.length, "label")}` })),
+    element("summary", {}, one.task, labels),
     element("p", { class: "chips" }, ...one.labels.map((text) => element("span", { class: "chip", text }))),
     about.length ? element("p", { class: "muted", text: about.join(", ") }) : null,
     element("p", { class: "muted", text: origin(one) }),
