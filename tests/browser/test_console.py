@@ -424,6 +424,8 @@ def test_screenshots(page: Page, api: httpx.Client, digits_module: Path, tmp_pat
     page.get_by_role("button", name=re.compile("Roll back to revision 4$")).click()
     shoot("rollback-dark")
     page.keyboard.press("Escape")
+    prediction(api, DIGIT)
+    page.set_viewport_size({"width": 1280, "height": 420})
     page.goto(f"{page.url.split('#')[0]}#tasks")
     page.locator("#task-table tbody tr").nth(1).wait_for()
     shoot("tasks-dark")
