@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring test-browser screenshots browser
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,8 +43,19 @@ format: install ## rewrite the sources as `make check` wants them
 test: demo .tosca/protocol-clients/.installed ## the fast tests, on the real backbone and real pictures
 	$(BIN)/pytest
 
-test-slow: demo ## tests that take minutes
+test-slow: demo browser ## tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-browser: demo browser ## the console in Chromium; takes a minute
+	$(BIN)/pytest -m slow tests/browser -rs
+
+screenshots: demo browser ## what the documents show of the console: docs/figures/console-*.webp
+	TOSCA_SCREENSHOTS=docs/figures $(BIN)/pytest -m slow tests/browser -k screenshots -rs
+
+browser: ## Chromium for the tests of the console, from Debian's packages where there is none
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update -qq && apt-get install --yes -qq chromium; } \
+	  || echo "no Chromium, and none could be installed: the tests of the console will be skipped"
 
 test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for real; needs Docker, takes minutes
 	TOSCA_DOCKER_TESTS=1 $(BIN)/pytest tests/docker --timeout 2400 -rs -s

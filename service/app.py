@@ -38,6 +38,7 @@ from service.routes import (
     tasks,
     traffic,
 )
+from service.routes.console import add_console
 from service.routes.state import ServiceState, documented, require
 from service.settings import Plane, Settings
 from service.telemetry import Telemetry
@@ -52,7 +53,7 @@ def create_app(
 
     At start it opens the store, loads and warms up the backbone (unless they are given), builds the bank of
     the newest revision, and only then is ready. At stop it answers what it has admitted. With an admin
-    port set, changes of the tasks are left to `create_admin_app`.
+    port set, changes of the tasks and the console are left to `create_admin_app`.
     """
     access = Access(settings)
     tracing = Tracing(settings)
@@ -82,15 +83,21 @@ def create_app(
         routers += [tasks.admin_router, revisions.router, model_repository.admin_router]
     _include(app, routers)
     _include_metrics(app, settings, "main")
+    if settings.admin_port is None and settings.show_console:
+        add_console(app)
     return app
 
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
-    """The application of the admin port: tasks and revisions, over the running parts of `main`."""
+    """The application of the admin port, over the running parts of `main`: everything, so that the console
+    finds all it needs where it came from."""
     app = _new_app(settings, main.state.telemetry, None, main.state)
-    routers = [tasks.router, traffic.router, tasks.admin_router, revisions.router]
-    _include(app, [*routers, model_repository.router, model_repository.admin_router])
+    routers = [predict.router, feedback.router, tasks.router, traffic.router]
+    routers += [open_inference.router, model_repository.router]
+    _include(app, [*routers, tasks.admin_router, revisions.router, model_repository.admin_router])
     _include_metrics(app, settings, "admin")
+    if settings.show_console:
+        add_console(app)
     return app
 
 

@@ -82,7 +82,8 @@ def _greeting(url: str, state: Readiness) -> str:
     example = next((one for one in pictures if one.suffix == ".jpg"), Path("picture.jpg"))
     return f"""
 TOSCA Serving is ready at {url}: revision {state.revision}, {state.num_tasks} tasks, {state.backbone}
-on {state.device}. The API is described at {url}/docs, the log is {LOG_FILE}, `make stop` ends it. Try:
+on {state.device}. The console is at {url}/, the API is described at {url}/docs, the log is {LOG_FILE},
+`make stop` ends it. Try:
 
   curl --data-binary @{example} {url}/predict
 """

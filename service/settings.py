@@ -52,6 +52,7 @@ class Settings(BaseSettings):
     )
     cors_origins: Words = Field((), description="Origins whose pages may call the API, separated by blanks.")
     show_docs: bool = Field(True, description="Serve /docs and /openapi.json.")
+    show_console: bool = Field(True, description="Serve the console; with an admin port, there alone.")
     trusted_signers: Path | None = Field(None, description="List of the signers of module files.")
     require_signature: bool = Field(False, description="Refuse modules that no trusted signer has signed.")
     audit_log: Path | None = Field(None, description="Append every change and its author to this file.")

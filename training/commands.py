@@ -225,7 +225,10 @@ def demo(
     device: DeviceOption = "auto",
     runtime: RuntimeOption = "auto",
 ) -> None:
-    """Add the default backbone, choose its runtime and train the demo tasks, unless that was done already."""
+    """Add the default backbone, choose its runtime and train the demo tasks, unless that was done already.
+
+    Example: tosca demo --store .tosca/store
+    """
     opened = ModelStore(store)
     if opened.head() is None:
         out.print("adding the default backbone, CLIP ViT-B/16 …")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from model_store.backbone import Backbone
 from model_store.console import (
@@ -267,7 +266,7 @@ def _run(
         options.leave_out,
     )
     results = run_benchmark(plan, results, options.json)
-    Console(width=max(out.width, TABLE_WIDTH)).print(results_table(results))
+    print_table(*results_table(results), min_width=TABLE_WIDTH)
     if options.plots is not None:
         from training.continual.plots import write_plots  # matplotlib takes a second to import
 
