@@ -8,7 +8,8 @@ import pytest
 from pictures import write_classes, write_splits
 
 from model_store.errors import InvalidDataset
-from training.sources import SPLITS, PictureSource, open_source
+from training.pictures import SPLITS, PictureSource
+from training.sources import open_source
 
 
 def touch(*paths: Path) -> None:

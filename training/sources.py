@@ -11,41 +11,30 @@ Accepted sources:
 import csv
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 from model_store.decoding import IMAGE_SUFFIXES
 from model_store.errors import InvalidDataset
+from training.pictures import SPLITS, LabelledPicture, PictureSource, Split
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledPicture:
-    path: Path
-    label: str
-    split: Split
+SourceName = str | Path  # as `tosca train --data` takes it
+FILE_SUFFIXES = (".csv", ".parquet")
 
 
-@dataclass(frozen=True, slots=True)
-class PictureSource:
-    """Pictures in a fixed order (split, label, path) and the labels in sorted order."""
-
-    name: str
-    pictures: tuple[LabelledPicture, ...]
-    labels: tuple[str, ...]
+def locate(name: str, folder: Path) -> SourceName:
+    """A source as a file in `folder` names it."""
+    return folder / name
 
 
-def open_source(path: Path, *, min_images_per_class: int = 2, to_train: bool = True) -> PictureSource:
+def open_source(name: SourceName, *, min_images_per_class: int = 2, to_train: bool = True) -> PictureSource:
     """Find the pictures of a source and judge its labels. Raises InvalidDataset.
 
     With `to_train` off, a source may have any split and any number of classes and pictures.
     """
+    path = Path(name)
     if path.is_dir():
         pictures = _scan_folder(path)
-    elif path.suffix.lower() in (".csv", ".parquet"):
+    elif path.suffix.lower() in FILE_SUFFIXES:
         pictures = _read_manifest(path)
     elif path.exists():
         raise InvalidDataset(f"{path}: expected a folder of class folders, a .csv or a .parquet manifest")
@@ -56,9 +45,7 @@ def open_source(path: Path, *, min_images_per_class: int = 2, to_train: bool = T
             f"{path} holds no pictures: expected CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg "
             f"with suffixes {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    ordered = tuple(
-        sorted(pictures, key=lambda one: (SPLITS.index(one.split), one.label, one.path.as_posix()))
-    )
+    ordered = tuple(sorted(pictures, key=lambda one: (SPLITS.index(one.split), one.label, str(one.path))))
     labels = tuple(sorted({one.label for one in ordered}))
     _check_spelling(path, labels)
     if to_train:
