@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-ALL = ("registration", "runtimes", "decoding", "features", "serving")
+ALL = ("registration", "runtimes", "decoding", "features", "training", "serving")
 
 
 def main() -> None:
