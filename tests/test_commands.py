@@ -1,7 +1,9 @@
 """The `tosca` command from end to end, on generated pictures and a tiny untrained backbone."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -315,6 +317,22 @@ def test_publishing_for_another_backbone_is_refused(trained: Tosca) -> None:
     assert trained("train", "--task", "t", "--data", "colours", "--output", "t.safetensors").code == 0
     trained("backbone", "add", TINY, "--random-weights", "--image-size", 48, "--store", "other")
     assert_fault(trained("publish", "t.safetensors", "--store", "other"), "module was trained on backbone")
+
+
+def test_pictures_inside_one_file_are_trained_and_evaluated_on(trained: Tosca, tmp_path: Path) -> None:
+    for split, num, seed in (("train", 6, 0), ("test", 3, 500)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for colour, label in enumerate(("blue", "green", "red")):
+                for i in range(num):
+                    for suffix, data in (("png", encoded(noise(colour, seed + i))), ("cls", label.encode())):
+                        info = tarfile.TarInfo(f"{label}{i}.{suffix}")
+                        info.size = len(data)
+                        archive.addfile(info, io.BytesIO(data))
+    result = trained("train", "--task", "packed", "--data", "train.tar", "--force", "--json")
+    assert (result.code, result.json["pictures"]) == (0, 18)
+    evaluated = trained("evaluate", "--data", "packed=test.tar", "--json")
+    assert evaluated.code == 0 and evaluated.json["tasks"]["packed"]["num_pictures"] == 9
+    assert_fault(trained("train", "--task", "t", "--data", "hf:"), "expected hf:NAME")
 
 
 # -- many tasks --------------------------------------------------------------------------------------

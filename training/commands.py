@@ -162,8 +162,8 @@ def _test_part(source: PictureSource) -> PictureSource:
     return PictureSource(source.name, test, source.labels) if test else source
 
 
-def _split_data(text: str) -> tuple[str, Path]:
+def _split_data(text: str) -> tuple[str, str]:
     task, separator, path = text.partition("=")
     if not separator or not task or not path:
         raise typer.BadParameter(f"{text!r}: expected TASK=SOURCE", param_hint="--data")
-    return task, Path(path)
+    return task, path

@@ -29,6 +29,8 @@ BATCH_SIZE = 16  # on the CPU, where larger batches gain nothing
 CUDA_BATCH_SIZE = 128
 # Batches being decoded while one is embedded: a run of large pictures then starves no pass.
 _BATCHES_AHEAD = 2
+# No thread hurries further ahead of another: sources that read forward need not go back.
+_HASHED_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class HashedSource:
 
     source: PictureSource
     digests: tuple[str, ...]
+    faults: tuple[str, ...]  # why not, of each; empty where it can
 
     @property
     def data_sha256(self) -> str:
@@ -75,7 +78,13 @@ class HashedSource:
 def hash_source(source: PictureSource, num_threads: int = 2) -> HashedSource:
     """Read every picture of a source once, in its order."""
     with ThreadPoolExecutor(num_threads) as pool:
-        return HashedSource(source, tuple(pool.map(_hash_picture, [one.path for one in source.pictures])))
+        paths = [one.path for one in source.pictures]
+        found = [
+            one
+            for start in range(0, len(paths), _HASHED_TOGETHER)
+            for one in pool.map(_hash_picture, paths[start : start + _HASHED_TOGETHER])
+        ]
+    return HashedSource(source, tuple(digest for digest, _ in found), tuple(fault for _, fault in found))
 
 
 def extract_features(
@@ -223,8 +232,8 @@ def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fractio
     pairs = list(zip(source.pictures, wanted.hashed.digests, strict=True))
     kept = [(one, digest) for one, digest in pairs if digest in vectors]
     skipped = tuple(
-        f"{one.path}: {faults.get(digest, 'cannot be opened')}"
-        for one, digest in pairs
+        f"{one.path}: {fault or faults[digest]}"
+        for (one, digest), fault in zip(pairs, wanted.hashed.faults, strict=True)
         if digest not in vectors
     )
     if len(skipped) > max_corrupt_fraction * len(source.pictures):
@@ -252,15 +261,17 @@ def _data_sha256(pictures: Iterable[tuple[LabelledPicture, str]]) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _hash_picture(path: PicturePath) -> str:
-    """SHA-256 of a picture's bytes, or an empty string when it cannot be opened."""
+def _hash_picture(path: PicturePath) -> tuple[str, str]:
+    """(SHA-256 of a picture's bytes, empty when they cannot be had; the reason)"""
     try:
         if not isinstance(path, Path):
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return hashlib.sha256(path.read_bytes()).hexdigest(), ""
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (InvalidImage, OSError):
-        return ""
+            return hashlib.file_digest(file, "sha256").hexdigest(), ""
+    except OSError:
+        return "", "cannot be opened"
+    except InvalidImage as error:
+        return "", str(error)
 
 
 def _progress(show: bool) -> Progress:

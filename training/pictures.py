@@ -23,6 +23,11 @@ class LabelledPicture:
     split: Split
 
 
+def in_order(pictures: list[LabelledPicture]) -> list[LabelledPicture]:
+    """By split, label and path, whatever order they were found in."""
+    return sorted(pictures, key=lambda one: (SPLITS.index(one.split), one.label, str(one.path)))
+
+
 @dataclass(frozen=True, slots=True)
 class PictureSource:
     """Pictures in a fixed order and the labels in sorted order.

@@ -1,6 +1,6 @@
 """What is to be trained: one task, or many from a folder or a file.
 
-A folder names its tasks by its contents: every sub-folder and every manifest in it is a task. A
+A folder names its tasks by its contents: every sub-folder, `.csv`, `.parquet` and `.tar` in it is a task. A
 `.toml` file can say more, task by task; what it leaves out is as the command line says:
 
     [tasks.birds]

@@ -51,7 +51,7 @@ _REPORTS = Path(".tosca/reports")
 def train(
     task: Annotated[str | None, typer.Option(help="Name of the task.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Image folder, or .csv / .parquet manifest with path and label.")
+        str | None, typer.Option(help="Image folder, .csv, .parquet, WebDataset .tar, or hf:NAME.")
     ] = None,
     many: Annotated[
         Path | None,
