@@ -25,6 +25,7 @@ from model_store.console import (
     read_file,
 )
 from model_store.errors import InvalidBackbone, ToscaError
+from model_store.hub_commands import pull, push
 from model_store.impact import ImpactReport, TaskImpact
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
@@ -40,6 +41,8 @@ app.add_typer(backbone_app, name="backbone")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(revisions_app, name="revisions")
 app.command()(sign)
+app.command()(push)
+app.command()(pull)
 
 backbone_app.command("tune")(backbone_tune)
 
