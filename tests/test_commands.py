@@ -501,7 +501,7 @@ def test_evaluating_names_what_is_wrong(trained: Tosca) -> None:
     ("arguments", "fault"),
     [
         (("fly",), "No such command 'fly'"),
-        (("train", "--data", "x"), "Missing option '--task'"),
+        (("train", "--data", "x"), "expected --task with --data, or --many"),
         (("train", "--task", "t", "--data", "x", "--recipe", "magic"), "expected one of default, reference"),
         (
             ("train", "--task", "t", "--data", "x", "--flow", "magic"),
