@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
 
 TOKEN = "hf_standin"
 
@@ -60,8 +64,15 @@ class Hub(ThreadingHTTPServer):
 
 
 @contextmanager
-def running_hub() -> Iterator[Hub]:
+def running_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that the library finds by HF_ENDPOINT, with a token for it and its cache in `folder`."""
+    # The protocol of the hub's own storage is not spoken here: the library's other one, LFS, is.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     with Hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
         thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

@@ -5,9 +5,9 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
+import huggingface_hub
 import pytest
-from hub_server import TOKEN, Hub, Repository, running_hub
+from hub_server import Hub, Repository, running_hub
 
 from model_store.backbone import BackboneArtefact
 from model_store.errors import HubUnavailable, InvalidBackbone
@@ -25,11 +25,7 @@ MakeModule = Callable[..., bytes]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    with running_hub() as server:
+    with running_hub(tmp_path, monkeypatch) as server:
         yield server
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import typer
-from hub_server import TOKEN, Hub, Repository, running_hub
+from hub_server import Hub, Repository, running_hub
 from typer.testing import CliRunner, Result
 
 from model_store.backbone import BackboneArtefact
@@ -35,14 +34,9 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
     for name in ("TOSCA_STORE", "TOSCA_TRUSTED_SIGNERS", "TOSCA_REQUIRE_SIGNATURE"):
         monkeypatch.delenv(name, raising=False)
-    with running_hub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    with running_hub(tmp_path, monkeypatch) as server:
         yield server
 
 
