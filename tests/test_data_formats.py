@@ -395,6 +395,13 @@ def test_columns_are_found_by_their_kind_or_named(tmp_path: Path, samples: list[
         open_source(f"{source}?image=note")
 
 
+def test_a_column_called_image_that_holds_none_is_passed_over(tmp_path: Path, samples: list[Sample]) -> None:
+    kinds = image_features(image=datasets.Value("string"), label=datasets.Value("string"))
+    columns = {"picture": images(samples), "image": ["a.png"] * 6, "label": ["x", "y"] * 3}
+    source = open_source(saved(tmp_path, kinds, **columns))
+    assert [one.path.read_bytes() for one in source.pictures] == [s.data for s in samples[:6]]
+
+
 def test_rows_without_a_label_are_named(tmp_path: Path, samples: list[Sample]) -> None:
     kinds = image_features(label=datasets.ClassLabel(names=["x", "y"]))
     source = saved(tmp_path, kinds, picture=images(samples), label=[0, 1, 0, 1, -1, 0])

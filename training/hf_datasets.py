@@ -5,7 +5,7 @@
     pictures/saved                 a folder that `save_to_disk` wrote
 
 `config` and `revision` choose what is loaded, `split` which of its splits (default: all), `image` and `label`
-its columns (default: its one column of pictures; `label`, else its one column of classes). Pictures stay in
+its columns (default: those of these names, else its one column of pictures and its one of classes). Pictures stay in
 the memory-mapped Arrow files as they were encoded and are read one at a time.
 """
 
@@ -132,10 +132,14 @@ def _pictures_of_split(
 
 
 def _column(dataset: Any, source: str, role: str, options: Mapping[str, str], kind: type) -> str:
-    """The column named in the options, else the only one of its kind, else the one called as its role."""
+    """The column named in the options, else the one called as its role, else the only one of its kind."""
     features = dataset.features
     of_kind = [name for name, feature in features.items() if isinstance(feature, kind)]
-    chosen = options.get(role) or (role if role in features else of_kind[0] if len(of_kind) == 1 else None)
+    chosen = options.get(role)
+    if chosen is None and role in (features if role == "label" else of_kind):  # labels may be text, too
+        chosen = role
+    elif chosen is None and len(of_kind) == 1:
+        chosen = of_kind[0]
     if chosen is None or chosen not in features:
         raise InvalidDataset(
             f"{source}: which column is the {role}? Name it with ?{role}=, from {', '.join(features)}"
