@@ -5,7 +5,7 @@
     pictures/saved                 a folder that `save_to_disk` wrote
 
 `config` and `revision` choose what is loaded, `split` which of its splits (default: all), `image` and `label`
-its columns (default: those of these names, else its one column of pictures and its one of classes). Pictures stay in
+its columns (default: those of these names, else its one of pictures and its one of classes). Pictures stay in
 the memory-mapped Arrow files as they were encoded and are read one at a time.
 """
 
