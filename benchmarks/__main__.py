@@ -7,7 +7,7 @@ ALL = (
     "registration",
     "runtimes",
     "decoding",
-    "features",
+    "training",
     "request_path",
     "tasks",
     "cycles",

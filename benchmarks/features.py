@@ -21,8 +21,10 @@ from model_store.decoding import ImageLimits
 from model_store.preprocess import load_pixels
 from model_store.runtimes.runtime import REFERENCE
 from model_store.store import ModelStore
-from training.features import BATCH_SIZE, FeatureCache, extract_features
-from training.sources import PictureSource, open_source
+from training.feature_cache import FeatureCache
+from training.features import BATCH_SIZE, extract_features
+from training.pictures import PictureSource
+from training.sources import open_source
 from training.trainer import train_task
 
 DEMO = Path(".tosca")

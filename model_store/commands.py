@@ -30,6 +30,7 @@ from model_store.console import (
 )
 from model_store.doctor_command import doctor
 from model_store.errors import InvalidBackbone, ToscaError
+from model_store.hub_commands import pull, push
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
 from model_store.sign_commands import read_signature, sign
@@ -62,6 +63,8 @@ app.add_typer(tasks_app, name="tasks")
 app.add_typer(revisions_app, name="revisions")
 app.command()(sign)
 app.command()(doctor)
+app.command()(push)
+app.command()(pull)
 
 backbone_app.command("tune")(backbone_tune)
 

@@ -214,6 +214,7 @@ def all_faults(root: type[ToscaError] = ToscaError) -> Iterator[type[ToscaError]
 
 def test_every_fault_a_request_can_meet_has_its_status() -> None:
     not_over_http = {
+        "HubUnavailable",
         "InvalidBackbone",
         "InvalidDataset",
         "InvalidKeys",

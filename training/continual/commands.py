@@ -30,7 +30,7 @@ from training.continual.streams import Order, Stream, read_stream
 from training.continual.table import TABLE_WIDTH, results_table
 from training.continual.tasks import arrange
 from training.loading import DEFAULT_CACHE, CacheOption, load_backbone, load_features
-from training.sources import PictureSource
+from training.pictures import PictureSource
 
 _ALL_METHODS = ",".join(METHODS)
 _PAPER_SEEDS = ",".join(str(seed) for seed in SEEDS)
