@@ -250,7 +250,6 @@ class Engine:
             pixels = picture
         return _Entry(key, pixels, question, Interval(started, time.monotonic()), deadline)
 
-
     def _answer_known(
         self, cls_BD: Tensor, question: Question, began_at: float | None = None
     ) -> list[TimedAnswer]:
