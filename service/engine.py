@@ -27,7 +27,7 @@ from model_store.answers import Answer
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.errors import ToscaError
-from model_store.preprocess import load_pixels
+from model_store.preprocess import open_picture
 from model_store.selection import Selection
 from service.admission import DrainRate
 from service.cls_cache import ClsCache
@@ -35,10 +35,12 @@ from service.errors import (
     DeadlineExceeded,
     DeviceOutOfMemory,
     EngineStopped,
+    InvalidSettings,
     NotFinite,
     Overloaded,
     ShuttingDown,
 )
+from service.pixel_budget import PixelBudget
 from service.settings import Settings
 
 log = logging.getLogger("tosca.engine")
@@ -100,6 +102,11 @@ class _Entry:
     queued_at: float = field(default_factory=time.monotonic)
     future: "Future[TimedAnswer]" = field(default_factory=Future)
 
+    def drop(self) -> None:
+        """Nobody waits for it: unless its pass has begun, its memory is free at once."""
+        if self.future.cancel():
+            self.pixels = torch.empty(0)
+
 
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
@@ -111,6 +118,7 @@ class Engine:
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self.pixel_budget = self._budget_beside_queue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._drain = DrainRate()
@@ -218,8 +226,21 @@ class Engine:
             computed = iter(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
-                entry.future.cancel()
+                entry.drop()
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
+
+    def _budget_beside_queue(self) -> PixelBudget:
+        """What `max_decoded_bytes` leaves for decoding when as many decoded pictures as may are waiting, and
+        a pass has a batch whose clients left."""
+        num_held = self._settings.max_queued_images + self.max_batch_size
+        held_bytes = num_held * self.backbone.preprocessing.pixels_bytes
+        max_bytes = self._settings.max_decoded_bytes
+        if max_bytes <= held_bytes:
+            raise InvalidSettings(
+                f"TOSCA_MAX_DECODED_BYTES is {max_bytes}: the {num_held} pictures that may wait for the "
+                f"device take {held_bytes} alone"
+            )
+        return PixelBudget(max_bytes - held_bytes)
 
     # -- the decode pool -----------------------------------------------------------------------------
 
@@ -229,7 +250,9 @@ class Engine:
         key = self.cache.key(data)
         if (cls_D := self.cache.get(key)) is not None:
             return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
-        pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
+        picture = open_picture(data, self.backbone.preprocessing, self._settings.image_limits)
+        with self.pixel_budget.room(picture.peak_bytes, deadline):
+            pixels = picture.load()
         return _Entry(key, pixels, question, time.monotonic() - started, deadline)
 
     def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
