@@ -28,6 +28,7 @@ from service.request_context import TrackRequests
 from service.routes import health, predict, revisions, tasks
 from service.routes.state import ServiceState, documented
 from service.settings import Settings
+from service.shedding import ShedLoad
 from service.web import CloseWhenDraining, SecureHeaders
 
 
@@ -101,6 +102,7 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
         timeout_s=settings.body_timeout_s,
         max_buffered_bytes=settings.max_buffered_bytes,
     )
+    app.add_middleware(ShedLoad, state=app.state)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -181,9 +181,9 @@ async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
         with pytest.raises(asyncio.CancelledError):
             await gone
         waiting = engine._queue.get()
-        assert waiting is not None and waiting.pixels.numel() == 0
         backbone.gate.set()
         await first
+        assert waiting is not None and waiting.pixels.numel() == 0
 
 
 async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:

@@ -71,7 +71,6 @@ async def predict(
     """
     started = time.monotonic()
     timeout_s = deadline_s(x_request_timeout, state.settings)
-    state.engine.check_room()  # before a body is read for nothing
     bank = state.registry.active.bank
     limit = state.settings.max_images_per_request
     body = await read_pictures(request, limit, state.engine.backbone.feature_dim)
