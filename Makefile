@@ -77,7 +77,7 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 bench: demo .tosca/peers/.installed ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
 
-soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed
+soak: demo ## SOAK_S seconds (600) of churn on the real backbone, SOAK_KILLS (6) kills, every answer replayed
 	$(BIN)/python -m benchmarks.soak
 
 # Tools in environments of their own, so that constraints.txt stays what the product needs.

@@ -41,6 +41,7 @@ from service.routes import (
 from service.routes.console import add_console
 from service.routes.state import ServiceState, documented, require
 from service.settings import Plane, Settings
+from service.shedding import ShedLoad
 from service.telemetry import Telemetry
 from service.tracing import NO_TRACER, TraceRequests, Tracing
 from service.web import CloseWhenDraining, SecureHeaders
@@ -149,6 +150,7 @@ def _new_app(
         timeout_s=settings.body_timeout_s,
         max_buffered_bytes=settings.max_buffered_bytes,
     )
+    app.add_middleware(ShedLoad, state=app.state)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

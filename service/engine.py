@@ -27,7 +27,7 @@ from model_store.answers import Answer
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank, Stage
 from model_store.errors import ToscaError
-from model_store.preprocess import load_pixels
+from model_store.preprocess import open_picture
 from model_store.selection import Selection
 from service.admission import DrainRate
 from service.cls_cache import ClsCache
@@ -35,11 +35,13 @@ from service.errors import (
     DeadlineExceeded,
     DeviceOutOfMemory,
     EngineStopped,
+    InvalidSettings,
     NotFinite,
     Overloaded,
     ShuttingDown,
 )
 from service.feedback import RecentAnswers
+from service.pixel_budget import PixelBudget
 from service.request_context import current_request
 from service.settings import Settings
 from service.telemetry import Telemetry
@@ -93,6 +95,11 @@ class _Entry:
     deadline: float
     future: "Future[TimedAnswer]" = field(default_factory=Future)
 
+    def drop(self) -> None:
+        """Nobody waits for it: unless its pass has begun, its memory is free at once."""
+        if self.future.cancel():
+            self.pixels = torch.empty(0)
+
 
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
@@ -107,6 +114,7 @@ class Engine:
         self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
         self.recent = RecentAnswers(settings.max_recent_answers)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self.pixel_budget = self._budget_beside_queue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._drain = DrainRate()
@@ -220,7 +228,7 @@ class Engine:
             computed = iter(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
-                entry.future.cancel()
+                entry.drop()
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
     def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
@@ -231,6 +239,19 @@ class Engine:
             if context is not None:
                 sha256 = bank.module(one.answer.task).sha256
                 self.recent.remember(context.request_id, i, one.answer, sha256)
+
+    def _budget_beside_queue(self) -> PixelBudget:
+        """What `max_decoded_bytes` leaves for decoding when as many decoded pictures as may are waiting, and
+        a pass has a batch whose clients left."""
+        num_held = self._settings.max_queued_images + self.max_batch_size
+        held_bytes = num_held * self.backbone.preprocessing.pixels_bytes
+        max_bytes = self._settings.max_decoded_bytes
+        if max_bytes <= held_bytes:
+            raise InvalidSettings(
+                f"TOSCA_MAX_DECODED_BYTES is {max_bytes}: the {num_held} pictures that may wait for the "
+                f"device take {held_bytes} alone"
+            )
+        return PixelBudget(max_bytes - held_bytes)
 
     # -- the decode pool -----------------------------------------------------------------------------
 
@@ -245,7 +266,9 @@ class Engine:
         if (cls_D := self.cache.get(key)) is not None:
             return self._answer_known(cls_D[None], question, started)[0]
         if isinstance(picture, bytes):
-            pixels = load_pixels(picture, self.backbone.preprocessing, self._settings.image_limits)
+            opened = open_picture(picture, self.backbone.preprocessing, self._settings.image_limits)
+            with self.pixel_budget.room(opened.peak_bytes, deadline):
+                pixels = opened.load()
         else:
             pixels = picture
         return _Entry(key, pixels, question, Interval(started, time.monotonic()), deadline)

@@ -70,6 +70,11 @@ class Settings(BaseSettings):
     max_connections: int = Field(1000, gt=0, description="Open connections; further ones are closed.")
     max_image_bytes: Bytes = Field(32 * 2**20, description="Largest encoded picture.")
     max_image_pixels: int = Field(64_000_000, gt=0, description="Most pixels a picture may declare.")
+    max_decoded_bytes: Bytes = Field(
+        2 * 2**30,
+        description="Pixels in memory together, being decoded or waiting; what does not fit waits, what "
+        "never will gets 413.",
+    )
     max_images_per_request: int = Field(64, gt=0, description="Most pictures in one request.")
     max_queued_images: int = Field(256, gt=0, description="Pictures in the house; more are refused with 503.")
     max_top_k: int = Field(100, gt=0, description="Most alternatives a client may ask for.")
