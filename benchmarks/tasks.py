@@ -36,7 +36,8 @@ from model_store.bank import ModuleBank
 from model_store.publishing import Publisher
 from model_store.store import ModelStore
 from model_store.task_module import TaskModule
-from service.engine import Engine, Question
+from service.engine import Engine
+from service.questions import Question
 from service.settings import Settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -9,8 +9,9 @@ from torch import Tensor
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidRequest
 from model_store.selection import Selection
-from service.engine import Engine, Question, TimedAnswer
+from service.engine import Engine
 from service.errors import DeadlineExceeded
+from service.questions import Question, TimedAnswer
 from service.settings import Settings
 
 

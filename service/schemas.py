@@ -13,7 +13,7 @@ from model_store.publishing import Outcome
 from model_store.selection import Selection
 from model_store.store import Revision
 from service.drift import Drift
-from service.engine import TimedAnswer
+from service.questions import TimedAnswer
 from service.reliability import Reliability
 from service.traffic import TaskTraffic, Traffic
 

@@ -15,8 +15,9 @@ from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidImage, UnknownTask
 from model_store.module_file import read_module
-from service.engine import Engine, Question
+from service.engine import Engine
 from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.questions import Question
 from service.settings import Settings
 
 
@@ -89,7 +90,7 @@ async def test_waiting_pictures_share_one_pass(backbone: GatedBackbone, bank: Mo
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await entered(backbone)
         others = [asyncio.create_task(engine.answer([picture(i)], Question(bank))) for i in range(1, 6)]
-        while engine._queue.qsize() < 5:
+        while engine.num_queued < 5:
             await asyncio.sleep(0)
         backbone.gate.set()
         await asyncio.gather(first, *others)
@@ -115,7 +116,7 @@ async def test_one_poisoned_picture_fails_alone(tiny_backbone: Backbone, bank: M
         await entered(backbone)
         values = (2, 77, 3)
         tasks = [asyncio.create_task(engine.answer([picture(value)], Question(bank))) for value in values]
-        while engine._queue.qsize() < 3:
+        while engine.num_queued < 3:
             await asyncio.sleep(0)
         backbone.gate.set()
         results = await asyncio.gather(first, *tasks, return_exceptions=True)
@@ -155,7 +156,7 @@ async def test_cancelled_request_costs_no_pass(backbone: GatedBackbone, bank: Mo
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await entered(backbone)
         gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
-        while engine._queue.qsize() < 1:
+        while engine.num_queued < 1:
             await asyncio.sleep(0)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -175,12 +176,12 @@ async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await entered(backbone)
         gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
-        while engine._queue.qsize() < 1:
+        while engine.num_queued < 1:
             await asyncio.sleep(0)
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        waiting = engine._queue.get()
+        waiting = engine._inference._queue.get()
         backbone.gate.set()
         await first
         assert waiting is not None and waiting.pixels.numel() == 0
@@ -213,7 +214,7 @@ async def test_requests_with_different_banks_share_a_pass_but_not_an_answer(
             asyncio.create_task(engine.answer([picture(9 + i)], Question(one)))
             for i, one in enumerate((bank, smaller))
         ]
-        while engine._queue.qsize() < 2:
+        while engine.num_queued < 2:
             await asyncio.sleep(0)
         backbone.gate.set()
         await first

@@ -19,8 +19,9 @@ from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.module_file import read_module
 from model_store.store import ModelStore
-from service.engine import Engine, Question
+from service.engine import Engine
 from service.errors import DeviceOutOfMemory, EngineStopped, NotFinite
+from service.questions import Question
 from service.settings import Settings
 
 MakeModule = Callable[..., bytes]

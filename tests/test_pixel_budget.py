@@ -17,9 +17,10 @@ from model_store.module_file import read_module
 from model_store.preprocess import open_picture
 from model_store.store import ModelStore
 from service.app import create_app
-from service.engine import Engine, Question
+from service.engine import Engine
 from service.errors import DeadlineExceeded, InvalidSettings
 from service.pixel_budget import PixelBudget
+from service.questions import Question
 from service.settings import Settings
 
 FAR = 60.0
