@@ -10,8 +10,7 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,13 +28,12 @@ from model_store.label_spaces import LabelSpaces
 from model_store.published_rule import least_uncertain
 from model_store.selection import (
     MAX_DENSE_CLASSES,
-    SCREENED_SCORE_ERROR,
     Selection,
     WhitenedCosine,
-    task_log_probs,
 )
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
+from model_store.weighing import TaskWeighing
 
 Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
 
@@ -171,7 +169,7 @@ class ModuleBank:
             if coverage is not None:
                 threshold = coverage_threshold(self._known_vectors_of(t).true_probability_M, coverage)
             joint, log_task_BT = self._joint_within(t), self._certain_of(t, cls_BD)
-            score_BK = self._scores_of([t], cls_BD)
+            score_BK = self._weighing.scores_of([t], cls_BD)
         elif selection == "entropy":
             if coverage is not None:
                 raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
@@ -180,7 +178,7 @@ class ModuleBank:
             if coverage is not None:
                 threshold = coverage_threshold(self.true_probability_N, coverage)
             joint = self._joint
-            score_BK, log_task_BT = self._weigh_tasks(cls_BD, threshold)
+            score_BK, log_task_BT = self._weighing.weigh(cls_BD, threshold)
         on_stage("selected")
         found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
         on_stage("evaluated")
@@ -208,69 +206,16 @@ class ModuleBank:
 
     def neighbours(self, task: str, num: int) -> list[str]:
         """The other tasks whose classes look most like those of `task`, at most `num`, the likest first."""
-        assert self.selector is not None, "a bank with tasks has a selector"
-        t = self._find(task)
-        mean_CD = self.modules[t].statistics.mean_KD.to(self.device)
-        if self.selector.screen is None:
-            score_CK = self.selector.scores(mean_CD)
-        else:
-            score_CK = self.selector.screened_scores(mean_CD).double()
-        best_T = score_CK.new_full((len(self),), -torch.inf)
-        best_T.scatter_reduce_(0, self.task_of_class_K, score_CK.amax(dim=0), reduce="amax")
-        order = best_T.argsort(descending=True, stable=True).tolist()
-        return [self.modules[other].task for other in order if other != t][:num]
+        return [self.modules[t].task for t in self._weighing.neighbours(self._find(task))[:num]]
 
     @property
     def _joint(self) -> JointModel:
         return JointModel(self.modules, self.spaces, self.first_class, self.blend)
 
-    def _weigh_tasks(self, cls_BD: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
-        """([B, K] selection scores, [B, T] log P(task | x)). Scores are exact for all tasks whose labels can
-        be listed; where classes are screened, the others keep the screen's and only add to the sum that
-        probabilities are divided by."""
+    @property
+    def _weighing(self) -> TaskWeighing:
         assert self.selector is not None, "a bank with tasks has a selector"
-        if self.selector.screen is None:
-            score_BK = self.selector.scores(cls_BD)
-            return score_BK, self._task_log_probs(score_BK)
-        screened_BK = self.selector.screened_scores(cls_BD)
-        score_BK = self._score_likely(cls_BD, screened_BK, self._likely_tasks(screened_BK, threshold))
-        return score_BK, self._task_log_probs(score_BK)
-
-    def _likely_tasks(self, screened_BK: Tensor, threshold: float | None = None) -> Tensor:
-        """[B, T] whether a label of the task could be listed for the picture, given what the screen says."""
-        joint = self._joint
-        prob_BS = joint.space_probs(self._task_log_probs(screened_BK))
-        # A probability is a sum of exp(sharpness · score) divided by another, and so is the bound.
-        slack = math.exp(4.0 * self.blend.sharpness * SCREENED_SCORE_ERROR)
-        likely_BS = prob_BS >= joint.least_listed(prob_BS, threshold)[:, None] / slack
-        return likely_BS[:, self.spaces.space_of_task_T]
-
-    def _score_likely(self, cls_BD: Tensor, score_BK: Tensor, likely_BT: Tensor) -> Tensor:
-        """[B, K] float64: the exact scores of each picture's likely tasks, the given ones of all others."""
-        assert self.selector is not None, "a bank with tasks has a selector"
-        tasks = likely_BT.any(dim=0).nonzero().squeeze(1).tolist()
-        classes_C = self._classes_of(tasks)
-        exact_BC = self.selector.scores(cls_BD, tasks)
-        score_BK = score_BK.double()
-        score_BK[:, classes_C] = torch.where(
-            likely_BT[:, self.task_of_class_K[classes_C]], exact_BC, score_BK[:, classes_C]
-        )
-        return score_BK
-
-    def _scores_of(self, tasks: Sequence[int], cls_BD: Tensor) -> Tensor:
-        """[B, K] selection scores, filled for the classes of some tasks."""
-        assert self.selector is not None, "a bank with tasks has a selector"
-        score_BK = cls_BD.new_zeros((len(cls_BD), self.selector.num_classes), dtype=torch.float64)
-        score_BK[:, self._classes_of(tasks)] = self.selector.scores(cls_BD, tasks)
-        return score_BK
-
-    def _classes_of(self, tasks: Sequence[int]) -> Tensor:
-        """Where the classes of some tasks stand among all, task after task."""
-        classes = (self._classes(t) for t in tasks)
-        return torch.tensor([k for one in classes for k in range(one.start, one.stop)], dtype=torch.int64)
-
-    def _task_log_probs(self, score_BK: Tensor) -> Tensor:
-        return task_log_probs(self.blend.sharpness * score_BK, self.task_of_class_K, len(self.modules))
+        return TaskWeighing(self.selector, self._joint, self.task_of_class_K)
 
     def _classes(self, t: int) -> slice:
         return self._joint.classes(t)
@@ -304,7 +249,7 @@ class ModuleBank:
         on_stage("evaluated")
         value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
-        score_BK = self._scores_of(task_BK[:, 0].unique().tolist(), cls_BD)
+        score_BK = self._weighing.scores_of(task_BK[:, 0].unique().tolist(), cls_BD)
         p_values = self._p_values(score_BK, task_BK[:, 0])
         answers = []
         for b, module_index in enumerate(rule.module_B.tolist()):
@@ -371,15 +316,9 @@ class ModuleBank:
         t = self._find(task)
         calibration = self.modules[t].calibration
         row_M = torch.arange(len(calibration), device=self.device) if row_M is None else row_M
-        cls_MD = calibration.cls_MD[row_M].float()
-        score_MK = self._unseen_scores(t, own_classes=False, row_M=row_M)
-        if self.is_screened:
-            likely_MT = self._likely_tasks(score_MK.float())
-            likely_MT[:, t] = False  # its own scores are those without the vector
-            score_MK = self._score_likely(cls_MD, score_MK, likely_MT)
-        log_task_MT = self._task_log_probs(score_MK)
+        score_MK, log_task_MT = self._weighing.weigh_unseen(t, row_M)
         known = KnownLogits(t, calibration.held_out_logits_MK[row_M])
-        found = self._joint.search(cls_MD, score_MK, log_task_MT, 1, known=known)
+        found = self._joint.search(calibration.cls_MD[row_M].float(), score_MK, log_task_MT, 1, known=known)
         return [
             self._compose(one, float(log_task_MT[m, one.entries[0].task].exp()), 1.0, 1, None, 0.0)
             for m, one in enumerate(found)
@@ -390,7 +329,7 @@ class ModuleBank:
         assert self.selector is not None, "a bank with tasks has a selector"
         evidence = sample_evidence(self.selector, self.modules)
         bank = replace(self, blend=fit_blend(evidence, self.spaces.number_labels()))
-        log_task_NT = bank._task_log_probs(torch.cat([one.score_NK for one in evidence])).double()
+        log_task_NT = bank._weighing.log_probs(torch.cat([one.score_NK for one in evidence])).double()
         parts = log_task_NT.split([len(one.row_N) for one in evidence])
         probabilities = [bank._true_probabilities(*one) for one in zip(evidence, parts, strict=True)]
         return replace(bank, true_probability_N=torch.cat(probabilities).sort().values)
@@ -411,17 +350,14 @@ class ModuleBank:
     def _known_vectors_of(self, t: int) -> _KnownVectors:
         if t not in self._known_vectors:
             calibration = self.modules[t].calibration
-            score_MC = self._unseen_scores(t, own_classes=True)
+            assert self.selector is not None, "a bank with tasks has a selector"
+            score_MC = unseen_scores(self.selector, self.modules[t], t, own_classes=True)
             log_class_MC = self.blend.class_log_probs(calibration.held_out_logits_MK, score_MC)
             true_probability_M = log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp()
             self._known_vectors[t] = _KnownVectors(
                 score_MC.amax(dim=1).sort().values, true_probability_M.sort().values
             )
         return self._known_vectors[t]
-
-    def _unseen_scores(self, t: int, *, own_classes: bool, row_M: Tensor | None = None) -> Tensor:
-        assert self.selector is not None, "a bank with tasks has a selector"
-        return unseen_scores(self.selector, self.modules[t], t, own_classes=own_classes, rows=row_M)
 
 
 def _pool(modules: tuple[TaskModule, ...], feature_dim: int, previous: ModuleBank | None) -> PooledStatistics:
