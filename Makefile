@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker test-api docs figures bench soak fuzz lock sbom audit constraints clean
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api docs figures bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring test-browser screenshots browser
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,7 @@ install: $(VENV)/.installed ## virtual environment with every extra, pinned by c
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,openvino,demo,docs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,datasets,hub,openvino,tracing,demo,docs,dev]'
 	touch $@
 
 demo: .tosca/demo.done ## default backbone and two demo tasks, trained on real pictures
@@ -46,11 +46,22 @@ format: install ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test: demo ## the fast tests, on the real backbone and real pictures
+test: demo .tosca/protocol-clients/.installed ## the fast tests, on the real backbone and real pictures
 	$(BIN)/pytest
 
-test-slow: demo ## tests that take minutes
+test-slow: demo browser ## tests that take minutes
 	$(BIN)/pytest -m slow
+
+test-browser: demo browser ## the console in Chromium; takes a minute
+	$(BIN)/pytest -m slow tests/browser -rs
+
+screenshots: demo browser ## what the documents show of the console: docs/figures/console-*.webp
+	TOSCA_SCREENSHOTS=docs/figures $(BIN)/pytest -m slow tests/browser -k screenshots -rs
+
+browser: ## Chromium for the tests of the console, from Debian's packages where there is none
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update -qq && apt-get install --yes -qq chromium; } \
+	  || echo "no Chromium, and none could be installed: the tests of the console will be skipped"
 
 test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for real; needs Docker, takes minutes
 	TOSCA_DOCKER_TESTS=1 $(BIN)/pytest tests/docker --timeout 2400 -rs -s
@@ -72,12 +83,17 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 bench: demo .tosca/peers/.installed ## every benchmark; JSON under benchmarks/results/
 	$(BIN)/python -m benchmarks
 
-soak: demo ## SOAK_S seconds (600) of churn on the real backbone, every answer replayed
+soak: demo ## SOAK_S seconds (600) of churn on the real backbone, SOAK_KILLS (6) kills, every answer replayed
 	$(BIN)/python -m benchmarks.soak
 
 # Tools in environments of their own, so that constraints.txt stays what the product needs.
 .tosca/fuzz-tools/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --target .tosca/fuzz-tools atheris==3.0.0
+	touch $@
+
+.tosca/protocol-clients/.installed: tests/protocol_clients/requirements.txt
+	$(PYTHON) -m venv .tosca/protocol-clients
+	.tosca/protocol-clients/bin/python -m pip install --quiet -r tests/protocol_clients/requirements.txt
 	touch $@
 
 .tosca/api-tools/.installed:
@@ -103,11 +119,26 @@ sbom: install .tosca/lock-tools/.installed ## what is installed, as CycloneDX JS
 audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements.lock (asks PyPI's advisory service)
 	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
 
+# Debian's package, unpacked and not installed.
+.tosca/prometheus/.unpacked:
+	mkdir -p .tosca/prometheus
+	cd .tosca/prometheus && apt-get download prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	touch $@
+
+test-monitoring: install .tosca/prometheus/.unpacked ## alert rules and every query of the dashboard, by a real Prometheus; needs Debian
+	$(BIN)/pytest tests/test_prometheus.py -m slow -s
+
 fuzz: install .tosca/fuzz-tools/.installed ## FUZZ_S seconds (120) of fuzzing for each reader of strangers' bytes
 	PYTHONPATH=.tosca/fuzz-tools $(BIN)/python tests/fuzz/__main__.py
 
 test-api: install .tosca/api-tools/.installed ## the OpenAPI document against the service, by schemathesis
 	$(BIN)/pytest tests/test_openapi.py -m slow -s
+
+openapi: install ## write docs/openapi.json, which a test compares with the service
+	$(BIN)/python -m service.openapi docs/openapi.json
+
+protocol: install ## compile service/open_inference/inference.proto
+	$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=. --pyi_out=. service/open_inference/inference.proto
 
 constraints: install ## rewrite constraints.txt from what is installed
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt

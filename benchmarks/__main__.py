@@ -3,7 +3,18 @@
 import importlib
 import sys
 
-ALL = ("registration", "runtimes", "decoding", "features", "serving")
+ALL = (
+    "registration",
+    "runtimes",
+    "decoding",
+    "training",
+    "request_path",
+    "tasks",
+    "cycles",
+    "serving",
+    "telemetry",
+    "plots",
+)
 
 
 def main() -> None:

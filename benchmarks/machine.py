@@ -2,6 +2,7 @@
 
 import os
 import platform
+from pathlib import Path
 
 import torch
 
@@ -18,3 +19,11 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "load_average_before": round(os.getloadavg()[0], 2),
     }
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of a process (Linux)."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("a running process has resident memory")

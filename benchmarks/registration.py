@@ -20,7 +20,8 @@ import torch
 
 from model_store.backbone import Backbone
 from model_store.store import ModelStore
-from training.features import FeatureCache, LabelledFeatures, extract_features
+from training.feature_cache import FeatureCache
+from training.features import LabelledFeatures, extract_features
 from training.sources import open_source
 from training.trainer import train_task
 

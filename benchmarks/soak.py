@@ -1,92 +1,104 @@
-"""The oracle under churn for minutes: `SOAK_S=1800 python -m benchmarks.soak`.
+"""The oracle under churn and kills for minutes: `SOAK_S=1800 SOAK_KILLS=15 python -m benchmarks.soak`.
 
-A server with the default backbone answers concurrent clients while tasks are registered, replaced, rolled
-back and removed over HTTP, and a second process publishes into the same store. Afterwards every answer is
-computed again offline with the revision in its receipt. Reports counts, mismatches, failures and memory.
+A server with the default backbone, in the runtime that was tuned for it, answers concurrent clients while
+tasks are registered, replaced, rolled back and removed over HTTP, and a second process publishes into the
+same store. No picture is seen twice, so every answer costs a pass of the backbone. In the second half the
+server is killed (SIGKILL) SOAK_KILLS times and started again under its clients, every second time amid a
+change. Afterwards every answer is computed again offline with the revision in its receipt, and every
+acknowledged change looked up in the store. Reports counts, mismatches, losses, failures and memory.
 """
 
 import json
 import os
-import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
 
+from benchmarks.machine import machine
+from benchmarks.soak_clients import ask, change, sample
+from benchmarks.soak_record import Life, Record
 from model_store.backbone import Backbone
+from model_store.backbone_loading import load_backbone
 from model_store.store import ModelStore, with_task, without_task
-from training.features import FeatureCache, extract_features
+from training.feature_cache import FeatureCache
+from training.features import extract_features
 from training.sources import open_source
 from training.trainer import train_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from churn import find_mismatches
-from serving import running_server
+from serving import free_port, running_server
 
 DURATION_S = float(os.environ.get("SOAK_S", "600"))
+NUM_KILLS = int(os.environ.get("SOAK_KILLS", "6"))
 NUM_CLIENTS = 4
-SECONDS_BETWEEN_CHANGES = 1.5
 SECONDS_BETWEEN_WRITES = 4.0
-SECONDS_BETWEEN_SAMPLES = 5.0
+LONGEST_WAIT_FOR_A_CHANGE_S = 30.0
+LAST_LIFE_S = 10.0
+# Small enough that a soak fills it: what is kept must be bounded too.
+CLS_CACHE_BYTES = 2**20
+# Of resident memory, from the first quarter of a life to its last, where it was sampled often enough.
+MAX_GROWTH = 1.1
+MIN_SAMPLES = 8
 NAMES = ("digits-1", "digits-2", "textiles-1", "textiles-2")
 VERSIONS = 2
 DEMO = Path(".tosca")
 RESULT = Path(__file__).parent / "results" / "soak.json"
 
 
-@dataclass
-class Tally:
-    """What happened; written by several threads, each under the lock."""
-
-    answers: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
-    latencies_s: list[float] = field(default_factory=list)
-    health_s: list[float] = field(default_factory=list)
-    changes: Counter[str] = field(default_factory=Counter)
-    rss_mb: list[float] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
 def main() -> None:
     if sys.argv[1:2] == ["write"]:
         write(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))
         return
+    about = machine()
     source = ModelStore(DEMO / "store")
-    head = source.require_head()
-    backbone = Backbone.load(source.backbone(head.backbone_fingerprint), device="cpu")
+    backbone = load_backbone(source)
     modules = train_variants(backbone)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        store = copy_store(source, folder / "store")
+        shutil.copytree(DEMO / "store", folder / "store")
+        store = ModelStore(folder / "store")
         (folder / "modules").mkdir()
         for (task, version), data in modules.items():
             (folder / "modules" / f"{task}.{version}.safetensors").write_bytes(data)
-        pictures = demo_pictures()
-        tally, seconds = soak(store, pictures, modules, folder)
-        print(f"replaying {len(tally.answers)} answers offline …", flush=True)
-        mismatches = find_mismatches(store, backbone, pictures, tally.answers)
-        report = summary(tally, mismatches, seconds, store)
-    for problem in (*tally.failures[:5], *mismatches[:5]):
+        pictures = [path.read_bytes() for path in sorted((DEMO / "demo").glob("*/test/*/*"))]
+        record, seconds = soak(store, pictures, modules, folder)
+        lost = [fault for one in record.acknowledged if (fault := one.fault(store))]
+        print(f"replaying {len(record.answers)} answers offline …", flush=True)
+        mismatches = find_mismatches(store, backbone, pictures, record.answers)
+        report = {
+            "machine": about,
+            "runtime": backbone.runtime_name,
+            "pictures": len(pictures),
+            **summary(record, seconds, store),
+            "acknowledged_changes": len(record.acknowledged),
+            "acknowledged_changes_lost": len(lost),
+            "replayed": len(record.answers),
+            "mismatches": len(mismatches),
+        }
+    for problem in (*record.failures[:5], *lost[:5], *mismatches[:5]):
         print(problem)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
-    sys.exit(bool(mismatches or tally.failures))
+    sys.exit(bool(record.failures or lost or mismatches or growing(record)))
 
 
 def train_variants(backbone: Backbone) -> dict[tuple[str, int], bytes]:
     """Two versions of four tasks: the demo's, on shifted features, under other names."""
-    cache = FeatureCache(DEMO / "cache", backbone.fingerprint, backbone.precision, backbone.feature_dim)
+    cache = FeatureCache(DEMO / "cache", backbone.fingerprint, backbone.variant, backbone.feature_dim)
     modules = {}
     for i, name in enumerate(NAMES):
         source = open_source(DEMO / "demo" / name.split("-")[0])
@@ -99,114 +111,87 @@ def train_variants(backbone: Backbone) -> dict[tuple[str, int], bytes]:
     return modules
 
 
-def copy_store(source: ModelStore, folder: Path) -> ModelStore:
-    head = source.require_head()
-    store = ModelStore(folder)
-    store.publish_first(store.put_backbone(source.backbone(head.backbone_fingerprint)))
-    for task, sha256 in head.tasks.items():
-        store.publish(with_task(task, store.put_module(source.module(sha256))), f"add {task}")
-    return store
-
-
-def demo_pictures(num_per_class: int = 3) -> list[bytes]:
-    folders = sorted((DEMO / "demo").glob("*/test/*"))
-    return [path.read_bytes() for one in folders for path in sorted(one.iterdir())[:num_per_class]]
-
-
 def soak(
     store: ModelStore, pictures: list[bytes], modules: dict[tuple[str, int], bytes], folder: Path
-) -> tuple[Tally, float]:
-    tally, stop = Tally(), threading.Event()
-    settings = {"store_poll_s": 0.5, "audit_log": folder / "audit.jsonl", "log_level": "warning"}
-    with running_server(store.url, folder / "log", **settings) as server:
-        work = [
-            threading.Thread(target=ask, args=(server.url, pictures, i, tally, stop))
-            for i in range(NUM_CLIENTS)
-        ]
-        work.append(threading.Thread(target=change, args=(server.url, modules, tally, stop)))
-        work.append(threading.Thread(target=sample, args=(server.url, server.process.pid, tally, stop)))
-        started = time.monotonic()
-        for one in work:
-            one.start()
-        arguments = ["write", store.url, str(folder / "modules"), str(DURATION_S)]
-        writer = subprocess.Popen([sys.executable, "-m", "benchmarks.soak", *arguments])
-        stop.wait(DURATION_S)
+) -> tuple[Record, float]:
+    """The lives of the server, and around them clients, changes, samples and a second writer."""
+    record, stop, port = Record(), threading.Event(), free_port()
+    url = f"http://127.0.0.1:{port}"
+    workers = [
+        threading.Thread(target=ask, args=(url, pictures, seed, record, stop)) for seed in range(NUM_CLIENTS)
+    ]
+    workers.append(threading.Thread(target=change, args=(url, modules, record, stop)))
+    workers.append(threading.Thread(target=sample, args=(url, record, stop)))
+    settings = {
+        "port": port,
+        "store_poll_s": 0.5,
+        "audit_log": folder / "audit.jsonl",
+        "log_level": "warning",
+        "cls_cache_bytes": CLS_CACHE_BYTES,
+    }
+    started = time.monotonic()
+    try:
+        for kill_after_s in (*kill_moments(), None):
+            newest = record.newest_acknowledged
+            with running_server(store.url, folder / "log", **settings) as server:
+                record.begin_life(server.process.pid)
+                check_served(url, store, newest, record)
+                if len(record.lives) == 1:
+                    started = time.monotonic()
+                    writer = start_writer(store.url, folder / "modules")
+                    for one in workers:
+                        one.start()
+                if kill_after_s is not None:
+                    wait_for_kill(started + kill_after_s, record)
+                    record.end_life()
+                    server.process.kill()
+                    server.process.wait()
+                    continue
+                time.sleep(max(LAST_LIFE_S, started + DURATION_S - time.monotonic()))
+                stop.set()
+                for one in workers:
+                    one.join(120.0)
+                record.end_life()
+    finally:
         stop.set()
-        for one in work:
-            one.join(120.0)
-        seconds = time.monotonic() - started
-        if writer.wait(60.0) != 0:
-            tally.failures.append(f"the second writer ended with status {writer.returncode}")
+    seconds = time.monotonic() - started
+    if writer.wait(60.0) != 0:
+        record.fail(f"the second writer ended with status {writer.returncode}")
     if server.process.returncode != 0:
-        tally.failures.append(f"the server ended with status {server.process.returncode}")
-    return tally, seconds
+        record.fail(f"the server ended with status {server.process.returncode}")
+    return record, seconds
 
 
-def ask(url: str, pictures: list[bytes], seed: int, tally: Tally, stop: threading.Event) -> None:
-    """Ask without pause; whatever is not a whole answer is a failure."""
-    choice = random.Random(seed)
-    with httpx.Client(base_url=url, timeout=60.0) as client:
-        while not stop.is_set():
-            index = choice.randrange(len(pictures))
-            began = time.monotonic()
-            try:
-                response = client.post("/predict", content=pictures[index], params={"top_k": 1})
-                outcome = None if response.is_success else f"{response.status_code} {response.text}"
-            except httpx.HTTPError as error:
-                outcome = repr(error)
-            with tally.lock:
-                tally.latencies_s.append(time.monotonic() - began)
-                if outcome is None:
-                    tally.answers.append((index, response.json()["predictions"][0]))
-                else:
-                    tally.failures.append(f"prediction: {outcome}")
+def kill_moments() -> Iterator[float]:
+    """Seconds from the start: one random moment in each of NUM_KILLS equal parts of the second half."""
+    choice = random.Random(5)
+    part_s = DURATION_S / 2 / max(1, NUM_KILLS)
+    for i in range(NUM_KILLS):
+        yield DURATION_S / 2 + part_s * (i + choice.random())
 
 
-def change(url: str, modules: dict[tuple[str, int], bytes], tally: Tally, stop: threading.Event) -> None:
-    """Register, replace, remove and roll back in turn by chance; the other writer may be faster (404)."""
-    choice = random.Random(99)
-    with httpx.Client(base_url=url, timeout=120.0) as client:
-        while not stop.wait(SECONDS_BETWEEN_CHANGES):
-            listed = client.get("/tasks").json()
-            active = {one["task"] for one in listed["tasks"]} & set(NAMES)
-            action = choice.choice(("register", "register", "remove", "roll back"))
-            if action == "register":
-                key = choice.choice(sorted(modules))
-                action = "replace" if key[0] in active else "register"
-                response = client.post("/tasks", content=modules[key], params={"force": True})
-            elif action == "remove" and active:
-                response = client.delete(f"/tasks/{choice.choice(sorted(active))}")
-            else:
-                action = "roll back"
-                number = choice.randint(max(3, listed["revision"] - 20), listed["revision"])
-                response = client.post(f"/revisions/{number}/rollback")
-            with tally.lock:
-                if response.is_success:
-                    tally.changes[action] += 1
-                elif response.status_code == 404:
-                    tally.changes[f"{action}: the other writer was first"] += 1
-                else:
-                    tally.failures.append(f"{action}: {response.status_code} {response.text}")
+def wait_for_kill(moment: float, record: Record) -> None:
+    """Until the moment has come, and for every second kill until somewhere in a change under way."""
+    time.sleep(max(0.0, moment - time.monotonic()))
+    if len(record.lives) % 2 and record.is_changing.wait(LONGEST_WAIT_FOR_A_CHANGE_S):
+        with record.lock:
+            typical_s = statistics.median(record.changes_s)
+        time.sleep(random.Random(len(record.lives)).uniform(0.0, typical_s))
 
 
-def sample(url: str, pid: int, tally: Tally, stop: threading.Event) -> None:
-    """Memory of the server, and how long its health check takes."""
-    with httpx.Client(base_url=url, timeout=10.0) as client:
-        while not stop.wait(SECONDS_BETWEEN_SAMPLES):
-            began = time.monotonic()
-            response = client.get("/health/live")
-            with tally.lock:
-                tally.health_s.append(time.monotonic() - began)
-                tally.rss_mb.append(rss_mb(pid))
-                if not response.is_success:
-                    tally.failures.append(f"liveness: {response.status_code}")
+def check_served(url: str, store: ModelStore, newest: int, record: Record) -> None:
+    """A server that has started serves the newest acknowledged revision or a later one, whole."""
+    listed = httpx.get(f"{url}/tasks", timeout=30.0).raise_for_status().json()
+    if listed["revision"] < newest:
+        record.fail(f"revision {newest} was acknowledged, {listed['revision']} is served after the restart")
+    served = {one["task"]: one["module_sha256"] for one in listed["tasks"]}
+    if served != dict(store.revision(listed["revision"]).tasks):
+        record.fail(f"after the restart revision {listed['revision']} is not served as the store has it")
 
 
-def rss_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    raise AssertionError("Linux says how much memory a process has")
+def start_writer(store_url: str, modules: Path) -> "subprocess.Popen[bytes]":
+    arguments = ["write", store_url, str(modules), str(DURATION_S)]
+    return subprocess.Popen([sys.executable, "-m", "benchmarks.soak", *arguments])
 
 
 def write(store_url: str, folder: Path, duration_s: float) -> None:
@@ -233,41 +218,56 @@ def write(store_url: str, folder: Path, duration_s: float) -> None:
             )
 
 
-def summary(tally: Tally, mismatches: list[str], seconds: float, store: ModelStore) -> dict[str, Any]:
+def growing(record: Record) -> list[Life]:
+    """Lives over which the memory of the server grew by more than MAX_GROWTH."""
+    sampled = [one for one in record.lives if len(one.rss_mb) >= MIN_SAMPLES]
+    return [one for one in sampled if quarter(one, -1) > MAX_GROWTH * quarter(one, 0)]
+
+
+def quarter(life: Life, which: int) -> float:
+    """Median MB of the first (0) or last (-1) quarter of a life."""
+    size = max(1, len(life.rss_mb) // 4)
+    return statistics.median(life.rss_mb[:size] if which == 0 else life.rss_mb[-size:])
+
+
+def summary(record: Record, seconds: float, store: ModelStore) -> dict[str, Any]:
     revisions = store.revisions(limit=10**6)
-    quarter = max(1, len(tally.rss_mb) // 4)
-    latency = sorted(tally.latencies_s)
+    latency = sorted(record.latencies_s)
+    killed = record.lives[:-1]
+    outages = [later.began_at - one.ended_at for one, later in zip(killed, record.lives[1:], strict=True)]
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
         "seconds": round(seconds, 1),
         "clients": NUM_CLIENTS,
-        "requests_answered": len(tally.answers),
-        "failures": len(tally.failures),
-        "replayed": len(tally.answers),
-        "mismatches": len(mismatches),
-        "changes_over_http": dict(sorted(tally.changes.items())),
+        "requests_answered": len(record.answers),
+        "failures": len(record.failures),
+        "kills": len(killed),
+        "kills_amid_a_change": sum(one.change_cut_short is not None for one in killed),
+        "cut_short_or_refused_while_down": dict(sorted(record.num_cut_short.items())),
+        "down_s": {"median": round(statistics.median(outages), 1), "max": round(max(outages), 1)}
+        if outages
+        else None,
+        "changes_over_http": dict(sorted(record.changes.items())),
         "revisions": len(revisions),
         "revisions_by_second_process": sum(one.author == "second-process" for one in revisions),
-        "revisions_that_answered": len({answer["receipt"]["revision"] for _, answer in tally.answers}),
+        "revisions_that_answered": len({answer["receipt"]["revision"] for _, answer in record.answers}),
         "latency_s": {
             "median": round(statistics.median(latency), 3),
             "p99": round(latency[int(0.99 * (len(latency) - 1))], 3),
         },
         "health_check_s": {
-            "median": round(statistics.median(tally.health_s), 4),
-            "max": round(max(tally.health_s), 4),
+            "median": round(statistics.median(record.health_s), 4),
+            "max": round(max(record.health_s), 4),
         },
-        "rss_mb": {
-            "start": tally.rss_mb[0],
-            "end": tally.rss_mb[-1],
-            "max": max(tally.rss_mb),
-            "median_of_first_quarter": statistics.median(tally.rss_mb[:quarter]),
-            "median_of_last_quarter": statistics.median(tally.rss_mb[-quarter:]),
-        },
+        "lives": [
+            {
+                "seconds": round(one.ended_at - one.began_at, 1),
+                "change_cut_short": one.change_cut_short,
+                "rss_mb_first_quarter": quarter(one, 0) if one.rss_mb else None,
+                "rss_mb_last_quarter": quarter(one, -1) if one.rss_mb else None,
+            }
+            for one in record.lives
+        ],
+        "lives_whose_memory_grew": len(growing(record)),
     }
 
 

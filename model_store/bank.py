@@ -10,27 +10,34 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from model_store.answers import Answer, Choice, Receipt
 from model_store.blend import Blend, Evidence, fit_blend
+from model_store.class_means import ClassMeans
 from model_store.conformal import conformal_p_values, coverage_threshold
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY, Entry, Found, JointModel, KnownLogits
 from model_store.known_vectors import sample_evidence, unseen_scores
-from model_store.label_spaces import LabelSpace, arrange_label_spaces, number_labels
+from model_store.label_spaces import LabelSpaces
 from model_store.published_rule import least_uncertain
-from model_store.selection import Selection, WhitenedCosine, task_log_probs
+from model_store.selection import (
+    MAX_DENSE_CLASSES,
+    SCREENED_SCORE_ERROR,
+    Selection,
+    WhitenedCosine,
+    task_log_probs,
+)
 from model_store.statistics import PooledStatistics
 from model_store.task_module import TaskModule
 
-# The blend is fitted on at most this many calibration vectors of all tasks together.
-MAX_BLEND_VECTORS = 4096
+Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class ModuleBank:
     backbone_fingerprint: str
     feature_dim: int
     modules: tuple[TaskModule, ...]
-    spaces: tuple[LabelSpace, ...]
+    spaces: LabelSpaces
     pooled: PooledStatistics
     device: torch.device
     selector: WhitenedCosine | None
@@ -85,17 +92,19 @@ class ModuleBank:
         assert len({module.task for module in ordered}) == len(ordered), "task names are unique in a revision"
         pooled = _pool(ordered, feature_dim, previous)
         sizes = [len(module.labels) for module in ordered]
-        first_class = tuple(accumulate(sizes, initial=0))[: len(sizes)]
         selector = None
+        first_class: tuple[int, ...] = ()
         if ordered:
-            mean_KD = torch.cat([module.statistics.mean_KD.cpu() for module in ordered])
-            selector = WhitenedCosine.fit(mean_KD, pooled).to(device)
+            means = ClassMeans.of([module.statistics.mean_KD for module in ordered])
+            max_dense_classes = MAX_DENSE_CLASSES if device.type == "cpu" else None
+            selector = WhitenedCosine.fit(means, pooled, max_dense_classes=max_dense_classes).to(device)
+            first_class = means.first_class
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
             feature_dim=feature_dim,
             modules=ordered,
-            spaces=arrange_label_spaces(ordered, device),
+            spaces=LabelSpaces.arrange(ordered, device),
             pooled=pooled,
             device=device,
             selector=selector,
@@ -115,6 +124,11 @@ class ModuleBank:
 
     def __contains__(self, task: str) -> bool:
         return task in self._index
+
+    @property
+    def is_screened(self) -> bool:
+        """Whether there are so many classes that only those that may matter are scored exactly."""
+        return self.selector is not None and self.selector.screen is not None
 
     def module(self, task: str) -> TaskModule:
         return self.modules[self._find(task)]
@@ -137,34 +151,39 @@ class ModuleBank:
         top_k: int = 5,
         coverage: float | None = None,
         abstain_level: float = 0.0,
+        on_stage: Callable[[Stage], None] = lambda _: None,
     ) -> list[Answer]:
         """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides.
 
         With `coverage` in (0, 1) every answer carries the prediction set that holds the true label with
         that probability. A picture is abstained on when its p-value is at most `abstain_level`, or the
-        level of the answering task where its module states one. Raises InvalidRequest and UnknownTask.
+        level of the answering task where its module states one. `on_stage` is told the end of each stage,
+        for callers who have a clock. Raises InvalidRequest and UnknownTask.
         """
         if top_k < 1:
             raise InvalidRequest(f"top_k is {top_k}, at least 1 is needed")
         if not self.modules:
             raise InvalidRequest("no task is registered yet: register a module file first")
         cls_BD = cls_BD.to(self.device, torch.float32)
-        score_BK = self._selection_scores(cls_BD)
         threshold = None
         if task is not None:
             t = self._find(task)
             if coverage is not None:
                 threshold = coverage_threshold(self._known_vectors_of(t).true_probability_M, coverage)
             joint, log_task_BT = self._joint_within(t), self._certain_of(t, cls_BD)
+            score_BK = self._scores_of([t], cls_BD)
         elif selection == "entropy":
             if coverage is not None:
                 raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
-            return self._answer_by_entropy(cls_BD, score_BK, top_k, abstain_level)
+            return self._answer_by_entropy(cls_BD, top_k, abstain_level, on_stage)
         else:
             if coverage is not None:
                 threshold = coverage_threshold(self.true_probability_N, coverage)
-            joint, log_task_BT = self._joint, self._task_log_probs(score_BK)
+            joint = self._joint
+            score_BK, log_task_BT = self._weigh_tasks(cls_BD, threshold)
+        on_stage("selected")
         found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
+        on_stage("evaluated")
         winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
         p_values = self._p_values(score_BK, winner_B)
@@ -187,23 +206,74 @@ class ModuleBank:
         space = self.module(task).label_space
         return space is not None and self.module(answer.task).label_space == space
 
+    def neighbours(self, task: str, num: int) -> list[str]:
+        """The other tasks whose classes look most like those of `task`, at most `num`, the likest first."""
+        assert self.selector is not None, "a bank with tasks has a selector"
+        t = self._find(task)
+        mean_CD = self.modules[t].statistics.mean_KD.to(self.device)
+        if self.selector.screen is None:
+            score_CK = self.selector.scores(mean_CD)
+        else:
+            score_CK = self.selector.screened_scores(mean_CD).double()
+        best_T = score_CK.new_full((len(self),), -torch.inf)
+        best_T.scatter_reduce_(0, self.task_of_class_K, score_CK.amax(dim=0), reduce="amax")
+        order = best_T.argsort(descending=True, stable=True).tolist()
+        return [self.modules[other].task for other in order if other != t][:num]
+
     @property
     def _joint(self) -> JointModel:
         return JointModel(self.modules, self.spaces, self.first_class, self.blend)
 
-    def _selection_scores(self, cls_BD: Tensor) -> Tensor:
+    def _weigh_tasks(self, cls_BD: Tensor, threshold: float | None) -> tuple[Tensor, Tensor]:
+        """([B, K] selection scores, [B, T] log P(task | x)). Scores are exact for all tasks whose labels can
+        be listed; where classes are screened, the others keep the screen's and only add to the sum that
+        probabilities are divided by."""
         assert self.selector is not None, "a bank with tasks has a selector"
-        return self.selector.scores(cls_BD)
+        if self.selector.screen is None:
+            score_BK = self.selector.scores(cls_BD)
+            return score_BK, self._task_log_probs(score_BK)
+        screened_BK = self.selector.screened_scores(cls_BD)
+        score_BK = self._score_likely(cls_BD, screened_BK, self._likely_tasks(screened_BK, threshold))
+        return score_BK, self._task_log_probs(score_BK)
+
+    def _likely_tasks(self, screened_BK: Tensor, threshold: float | None = None) -> Tensor:
+        """[B, T] whether a label of the task could be listed for the picture, given what the screen says."""
+        joint = self._joint
+        prob_BS = joint.space_probs(self._task_log_probs(screened_BK))
+        # A probability is a sum of exp(sharpness · score) divided by another, and so is the bound.
+        slack = math.exp(4.0 * self.blend.sharpness * SCREENED_SCORE_ERROR)
+        likely_BS = prob_BS >= joint.least_listed(prob_BS, threshold)[:, None] / slack
+        return likely_BS[:, self.spaces.space_of_task_T]
+
+    def _score_likely(self, cls_BD: Tensor, score_BK: Tensor, likely_BT: Tensor) -> Tensor:
+        """[B, K] float64: the exact scores of each picture's likely tasks, the given ones of all others."""
+        assert self.selector is not None, "a bank with tasks has a selector"
+        tasks = likely_BT.any(dim=0).nonzero().squeeze(1).tolist()
+        classes_C = self._classes_of(tasks)
+        exact_BC = self.selector.scores(cls_BD, tasks)
+        score_BK = score_BK.double()
+        score_BK[:, classes_C] = torch.where(
+            likely_BT[:, self.task_of_class_K[classes_C]], exact_BC, score_BK[:, classes_C]
+        )
+        return score_BK
+
+    def _scores_of(self, tasks: Sequence[int], cls_BD: Tensor) -> Tensor:
+        """[B, K] selection scores, filled for the classes of some tasks."""
+        assert self.selector is not None, "a bank with tasks has a selector"
+        score_BK = cls_BD.new_zeros((len(cls_BD), self.selector.num_classes), dtype=torch.float64)
+        score_BK[:, self._classes_of(tasks)] = self.selector.scores(cls_BD, tasks)
+        return score_BK
+
+    def _classes_of(self, tasks: Sequence[int]) -> Tensor:
+        """Where the classes of some tasks stand among all, task after task."""
+        classes = (self._classes(t) for t in tasks)
+        return torch.tensor([k for one in classes for k in range(one.start, one.stop)], dtype=torch.int64)
 
     def _task_log_probs(self, score_BK: Tensor) -> Tensor:
         return task_log_probs(self.blend.sharpness * score_BK, self.task_of_class_K, len(self.modules))
 
     def _classes(self, t: int) -> slice:
         return self._joint.classes(t)
-
-    @property
-    def _all_classes(self) -> slice:
-        return slice(0, len(self.task_of_class_K))
 
     def _certain_of(self, t: int, cls_BD: Tensor) -> Tensor:
         """[B, T] log-probabilities of a task that the client has named."""
@@ -213,9 +283,8 @@ class ModuleBank:
 
     def _joint_within(self, t: int) -> JointModel:
         """The joint model of task `t` alone, whatever space it belongs to."""
-        labels = self.modules[t].labels
-        alone = LabelSpace((t,), labels, (torch.arange(len(labels), device=self.device),))
-        return replace(self._joint, spaces=(alone,))
+        alone = LabelSpaces.alone(t, self.modules[t], len(self.modules), self.device)
+        return replace(self._joint, spaces=alone)
 
     def _p_values(self, score_BK: Tensor, winner_B: Tensor) -> list[float]:
         """How typical each picture is of the task that answers it: conformal, by its best selection score."""
@@ -227,12 +296,15 @@ class ModuleBank:
         return p_value_B.tolist()
 
     def _answer_by_entropy(
-        self, cls_BD: Tensor, score_BK: Tensor, top_k: int, abstain_level: float
+        self, cls_BD: Tensor, top_k: int, abstain_level: float, on_stage: Callable[[Stage], None]
     ) -> list[Answer]:
         """The published rule. It answers over the classes of all tasks; label spaces play no part."""
+        on_stage("selected")
         rule = least_uncertain(self.modules, cls_BD)
+        on_stage("evaluated")
         value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
+        score_BK = self._scores_of(task_BK[:, 0].unique().tolist(), cls_BD)
         p_values = self._p_values(score_BK, task_BK[:, 0])
         answers = []
         for b, module_index in enumerate(rule.module_B.tolist()):
@@ -293,14 +365,21 @@ class ModuleBank:
     # -- calibration ---------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def answer_calibration(self, task: str) -> list[Answer]:
-        """Answers on a task's calibration set, each vector treated as unseen by its own task."""
+    def answer_calibration(self, task: str, row_M: Tensor | None = None) -> list[Answer]:
+        """Answers on a task's calibration set or some of its rows, each vector treated as unseen by its own
+        task."""
         t = self._find(task)
         calibration = self.modules[t].calibration
-        score_MK = self._unseen_scores(t, self._all_classes)
+        row_M = torch.arange(len(calibration), device=self.device) if row_M is None else row_M
+        cls_MD = calibration.cls_MD[row_M].float()
+        score_MK = self._unseen_scores(t, own_classes=False, row_M=row_M)
+        if self.is_screened:
+            likely_MT = self._likely_tasks(score_MK.float())
+            likely_MT[:, t] = False  # its own scores are those without the vector
+            score_MK = self._score_likely(cls_MD, score_MK, likely_MT)
         log_task_MT = self._task_log_probs(score_MK)
-        known = KnownLogits(t, calibration.held_out_logits_MK)
-        found = self._joint.search(calibration.cls_MD.float(), score_MK, log_task_MT, 1, known=known)
+        known = KnownLogits(t, calibration.held_out_logits_MK[row_M])
+        found = self._joint.search(cls_MD, score_MK, log_task_MT, 1, known=known)
         return [
             self._compose(one, float(log_task_MT[m, one.entries[0].task].exp()), 1.0, 1, None, 0.0)
             for m, one in enumerate(found)
@@ -309,20 +388,19 @@ class ModuleBank:
     def _calibrated(self) -> "ModuleBank":
         """With the blend fitted on calibration vectors as if unseen, and what it makes of their labels."""
         assert self.selector is not None, "a bank with tasks has a selector"
-        evidence = sample_evidence(
-            self.selector, self.modules, self.first_class, self._all_classes.stop, MAX_BLEND_VECTORS
-        )
-        bank = replace(self, blend=fit_blend(evidence, number_labels(self.spaces, len(self.modules))))
-        space_of = {t: space for space in self.spaces for t in space.members}
-        probabilities = [bank._true_probabilities(one, space_of[one.task]) for one in evidence]
+        evidence = sample_evidence(self.selector, self.modules)
+        bank = replace(self, blend=fit_blend(evidence, self.spaces.number_labels()))
+        log_task_NT = bank._task_log_probs(torch.cat([one.score_NK for one in evidence])).double()
+        parts = log_task_NT.split([len(one.row_N) for one in evidence])
+        probabilities = [bank._true_probabilities(*one) for one in zip(evidence, parts, strict=True)]
         return replace(bank, true_probability_N=torch.cat(probabilities).sort().values)
 
     @torch.inference_mode()
-    def _true_probabilities(self, evidence: Evidence, space: LabelSpace) -> Tensor:
+    def _true_probabilities(self, evidence: Evidence, log_task_NT: Tensor) -> Tensor:
         """[N] joint probability that the bank gives the true label of vectors as if unseen."""
         t = evidence.task
+        space = self.spaces.of_task(t)
         cls_ND = self.modules[t].calibration.cls_MD[evidence.row_N].float()
-        log_task_NT = self._task_log_probs(evidence.score_NK)
         prob_NL, _ = self._joint.label_probs(
             space, cls_ND, evidence.score_NK, log_task_NT, KnownLogits(t, evidence.logits_NC)
         )
@@ -333,7 +411,7 @@ class ModuleBank:
     def _known_vectors_of(self, t: int) -> _KnownVectors:
         if t not in self._known_vectors:
             calibration = self.modules[t].calibration
-            score_MC = self._unseen_scores(t, self._classes(t))
+            score_MC = self._unseen_scores(t, own_classes=True)
             log_class_MC = self.blend.class_log_probs(calibration.held_out_logits_MK, score_MC)
             true_probability_M = log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp()
             self._known_vectors[t] = _KnownVectors(
@@ -341,9 +419,9 @@ class ModuleBank:
             )
         return self._known_vectors[t]
 
-    def _unseen_scores(self, t: int, classes: slice) -> Tensor:
+    def _unseen_scores(self, t: int, *, own_classes: bool, row_M: Tensor | None = None) -> Tensor:
         assert self.selector is not None, "a bank with tasks has a selector"
-        return unseen_scores(self.selector, self.modules[t], self.first_class[t], classes)
+        return unseen_scores(self.selector, self.modules[t], t, own_classes=own_classes, rows=row_M)
 
 
 def _pool(modules: tuple[TaskModule, ...], feature_dim: int, previous: ModuleBank | None) -> PooledStatistics:

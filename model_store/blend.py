@@ -71,7 +71,7 @@ def fit_blend(evidence: Sequence[Evidence], number_K: Tensor) -> Blend:
         prob_NL = score_NK.new_zeros(len(score_NK), num_labels).index_add(1, number_K, log_prob_NK.exp())
         return negative_log_likelihood(prob_NL.log(), number_K[class_N])
 
-    sharpness = minimise_over_log_scale(selection_loss, *SHARPNESS_RANGE)
+    sharpness = minimise_over_log_scale(selection_loss, *SHARPNESS_RANGE, steps=20)
     width = max(one.logits_NC.shape[1] for one in evidence)
     label_N = torch.cat([one.label_N for one in evidence])
     logits_NW = torch.cat([_widen(one.logits_NC.double(), width) for one in evidence])
@@ -98,7 +98,7 @@ def fit_blend(evidence: Sequence[Evidence], number_K: Tensor) -> Blend:
 
 
 def _own_scores(one: Evidence) -> Tensor:
-    return one.score_NK[:, one.first_class : one.first_class + one.logits_NC.shape[1]]
+    return one.score_NK[:, one.first_class : one.first_class + one.logits_NC.shape[1]].double()
 
 
 def _widen(value_NC: Tensor, width: int) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from model_store.backbone import BackboneArtefact, BackboneManifest
 from model_store.console import (
@@ -19,20 +20,41 @@ from model_store.console import (
     JsonOption,
     StoreOption,
     err,
+    figure,
     out,
+    print_impact,
     print_json,
+    print_revisions,
     print_table,
     read_file,
 )
+from model_store.doctor_command import doctor
 from model_store.errors import InvalidBackbone, ToscaError
-from model_store.impact import ImpactReport, TaskImpact
+from model_store.hub_commands import pull, push
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
 from model_store.sign_commands import read_signature, sign
 from model_store.store import ModelStore, Revision, without_task
 from model_store.tune_command import backbone_tune
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help=__doc__)
+_HELP = """Serve one frozen vision backbone with many small image-classification tasks.
+
+Lists are tables on a terminal, lines with tabs in a pipe, and JSON with --json. Exit status: 0 done,
+1 refused or not as it should be, 2 wrong options, 130 interrupted (docs/cli.md).
+
+Example: tosca demo && tosca serve
+"""
+
+
+class _Root(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # the reader of a pipe went away, which is its right
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+app = typer.Typer(cls=_Root, no_args_is_help=True, pretty_exceptions_enable=False, help=_HELP)
 backbone_app = typer.Typer(no_args_is_help=True, help="The frozen backbone of a store.")
 tasks_app = typer.Typer(no_args_is_help=True, help="Active tasks of a store.")
 revisions_app = typer.Typer(no_args_is_help=True, help="History of a store.")
@@ -40,12 +62,26 @@ app.add_typer(backbone_app, name="backbone")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(revisions_app, name="revisions")
 app.command()(sign)
+app.command()(doctor)
+app.command()(push)
+app.command()(pull)
 
 backbone_app.command("tune")(backbone_tune)
 
 
 def main() -> None:
     """Run `tosca`; faults are printed as one line and exit with status 1."""
+    register_others()
+    app.rich_markup_mode = "rich" if out.is_terminal else None  # help in boxes is for terminals
+    try:
+        app()
+    except ToscaError as error:
+        err.print(f"error: {error}", style="red")
+        sys.exit(1)
+
+
+def register_others() -> None:
+    """Add the commands of the other packages to `app`, of those that are installed with their extra."""
     for entry in entry_points(group="tosca.commands"):
         try:
             register = entry.load()
@@ -54,13 +90,6 @@ def main() -> None:
                 raise
             continue
         register(app)
-    try:
-        app()
-    except ToscaError as error:
-        err.print(f"error: {error}", style="red")
-        sys.exit(1)
-    except BrokenPipeError:  # the reader of a pipe went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @backbone_app.command("add")
@@ -108,7 +137,10 @@ def backbone_add(
 
 @backbone_app.command("list")
 def backbone_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
-    """List the backbones of a store; * marks the one in use."""
+    """List the backbones of a store; * marks the one in use.
+
+    Example: tosca backbone list --json
+    """
     opened = ModelStore(store)
     head = opened.head()
     active = head.backbone_fingerprint if head else None
@@ -171,10 +203,11 @@ def publish(
                 "replaced": outcome.replaced_sha256,
                 "harmed": outcome.harmed,
                 "impact": [asdict(one) for one in outcome.impact.tasks],
+                "num_unmeasured": outcome.impact.num_unmeasured,
             }
         )
         return
-    _print_impact(outcome.impact)
+    print_impact(outcome.impact.tasks, outcome.impact.num_unmeasured)
     number = outcome.active.revision.number
     if outcome.published:
         out.print(f"published as revision {number}")
@@ -182,19 +215,12 @@ def publish(
         out.print(f"nothing published; the store stays at revision {number}")
 
 
-def _print_impact(impact: ImpactReport) -> None:
-    def cells(one: TaskImpact) -> list[str]:
-        return [
-            " → ".join(_figure(getattr(health, name, None)) for health in (one.before, one.after))
-            for name in ("selection_accuracy", "accuracy", "ece")
-        ]
-
-    print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in impact.tasks))
-
-
 @tasks_app.command("list")
 def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> None:
-    """List the active tasks of a store."""
+    """List the active tasks of a store.
+
+    Example: tosca tasks list --store s3://models/birds
+    """
     opened = ModelStore(store)
     revision = opened.require_head()
     rows = [_task_row(opened, sha256) for sha256 in revision.tasks.values()]
@@ -207,7 +233,7 @@ def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> 
             (
                 row["task"],
                 len(row["labels"]),
-                _figure(row["metrics"].get("accuracy")),
+                figure(row["metrics"].get("accuracy")),
                 row["size_bytes"],
                 row["sha256"][:12],
             )
@@ -218,7 +244,10 @@ def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> 
 
 @tasks_app.command("show")
 def tasks_show(task: str, store: StoreOption = DEFAULT_STORE) -> None:
-    """Print everything a task's module file says about itself, as JSON."""
+    """Print everything a task's module file says about itself, as JSON.
+
+    Example: tosca tasks show birds
+    """
     opened = ModelStore(store)
     revision = opened.require_head()
     without_task(task)(revision)  # raises UnknownTask
@@ -231,7 +260,10 @@ def tasks_remove(
     reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Take a task out of the active set. Its file stays, so a rollback brings it back."""
+    """Take a task out of the active set. Its file stays, so a rollback brings it back.
+
+    Example: tosca tasks remove birds --reason 'replaced by birds-2'
+    """
     revision = ModelStore(store).publish(without_task(task), reason or f"remove {task}")
     out.print(f"removed {task}; revision {revision.number}")
 
@@ -242,18 +274,15 @@ def revisions_list(
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
-    """List the newest revisions of a store."""
+    """List the newest revisions of a store.
+
+    Example: tosca revisions list --limit 5
+    """
     revisions = ModelStore(store).revisions(limit)
     if json:
         print_json([one.model_dump(mode="json") for one in revisions])
         return
-    print_table(
-        ["revision", "when", "tasks", "reason", "author"],
-        (
-            (one.number, f"{one.created_at:%Y-%m-%d %H:%M:%S}", len(one.tasks), one.reason, one.author)
-            for one in revisions
-        ),
-    )
+    print_revisions(revisions)
 
 
 @revisions_app.command("rollback")
@@ -262,7 +291,10 @@ def revisions_rollback(
     reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Publish an old revision's task set as a new revision."""
+    """Publish an old revision's task set as a new revision.
+
+    Example: tosca revisions rollback 7 --reason 'birds-2 confuses sparrows'
+    """
     revision: Revision = Publisher(ModelStore(store)).rollback(number, reason=reason).active.revision
     out.print(f"revision {revision.number} has the {len(revision.tasks)} task(s) of revision {number}")
 
@@ -270,7 +302,3 @@ def revisions_rollback(
 def _task_row(store: ModelStore, sha256: str) -> dict[str, Any]:
     file = read_module(store.module(sha256))
     return file.manifest.model_dump(mode="json") | {"sha256": sha256, "size_bytes": file.size_bytes}
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

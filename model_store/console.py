@@ -1,6 +1,7 @@
-"""What the `tosca` commands share: options, tables for people, JSON for machines."""
+"""What the `tosca` commands share: options, tables for people, plain lines for pipes, JSON for machines."""
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -8,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model_store.runtimes.runtime import RUNTIMES
 
@@ -30,9 +32,11 @@ RuntimeOption = Annotated[
     ),
 ]
 
-# No markup: task names, labels, reasons and paths are printed as they are, brackets and all.
-out = Console(markup=False, highlight=False)
-err = Console(stderr=True, markup=False, highlight=False)
+# No markup: task names, labels, reasons and paths are printed as they are, brackets and all. Soft wrap: a
+# line stays a line, whatever the width, so that `grep` finds it whole.
+out = Console(markup=False, highlight=False, soft_wrap=True)
+err = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 
 
 def print_json(value: Any) -> None:
@@ -40,11 +44,57 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    min_width: int = 0,
+    styles: Sequence[str] = (),
+) -> None:
+    """A table on a terminal; elsewhere a line a row with tabs between, the columns' names first.
+
+    Control characters, which a stranger's text may hold, become blanks: they could break a row or repaint
+    the terminal. On terminals narrower than `min_width` characters the lines are longer than the screen.
+    `styles` colour the first cell of each row there.
+    """
+    cells = [[_CONTROL.sub(" ", str(cell)) for cell in row] for row in rows]
+    if not out.is_terminal:
+        for row in ([*columns], *cells):
+            typer.echo("\t".join(row))
+        return
     table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    out.print(table)
+    for i, (first, *others) in enumerate(cells):
+        table.add_row(Text(first, style=styles[i] if styles else ""), *others)
+    out.print(table, soft_wrap=False, crop=False, width=max(out.width, min_width))
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def print_impact(tasks: Iterable[Any], num_unmeasured: int) -> None:
+    """The impact of a change on each task that was measured: its health before and after, None where it is
+    not active."""
+
+    def cells(one: Any) -> list[str]:
+        return [
+            " → ".join(figure(getattr(health, name, None)) for health in (one.before, one.after))
+            for name in ("selection_accuracy", "accuracy", "ece")
+        ]
+
+    print_table(["task", "right task", "accuracy", "ECE"], ((one.task, *cells(one)) for one in tasks))
+    if num_unmeasured:
+        out.print(f"{num_unmeasured} more tasks, less like the changed ones, were not measured")
+
+
+def print_revisions(revisions: Iterable[Any]) -> None:
+    print_table(
+        ["revision", "when", "tasks", "reason", "author"],
+        (
+            (one.number, f"{one.created_at:%Y-%m-%d %H:%M:%S}", len(one.tasks), one.reason, one.author)
+            for one in revisions
+        ),
+    )
 
 
 def choose(value: str, allowed: tuple[Choice, ...], option: str) -> Choice:

@@ -32,6 +32,12 @@ _TURN = {
 # What an ICC header calls the colours of a mode; a profile for other colours than the picture's is ignored.
 _PROFILE_SPACE = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 _MAX_PROFILE_BYTES = 4 * 2**20
+# Most bytes a pixel takes on its way, with every copy that is held at once. tests/test_decoding.py measures
+# that no format takes more.
+_PEAK_BYTES = 17
+_WEBP_PEAK_BYTES = 26  # its decoder keeps two canvases of its own
+# A JPEG in several scans is gathered whole before it is reduced: four channels of 16 bits.
+_JPEG_SCAN_BYTES = 8
 _MAX_TRANSFORMS = 16
 
 
@@ -43,11 +49,42 @@ class ImageLimits:
     max_pixels: int = 64_000_000
 
 
+@dataclass(frozen=True, slots=True)
+class OpenedImage:
+    """A picture of which only the header was read. Decoding it takes `peak_bytes` of memory at most."""
+
+    image: Image.Image
+    peak_bytes: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as decoded, before the picture is turned upright."""
+        return self.image.size
+
+    def decode(self) -> Image.Image:
+        """The pixels, upright and RGB; to be called once. Raises InvalidImage."""
+        try:
+            self.image.load()
+            turn = _TURN.get(_orientation(self.image))
+            rgb = _to_srgb(self.image)
+            return rgb if turn is None else rgb.transpose(turn)
+        except Exception as error:
+            raise InvalidImage(f"{self.image.format} image cannot be decoded: {error}") from error
+
+
 def decode_image(data: bytes, limits: ImageLimits, min_side: int | None = None) -> Image.Image:
     """An upright RGB picture; transparency is laid on white, of an animation the first frame is taken.
 
     With `min_side`, a JPEG comes reduced by 2, 4 or 8 from inside its decoder where its shorter side keeps
     at least so many pixels. Raises ImageTooLarge, UnsupportedImageFormat or InvalidImage.
+    """
+    return open_image(data, limits, min_side).decode()
+
+
+def open_image(data: bytes, limits: ImageLimits, min_side: int | None = None) -> OpenedImage:
+    """The same before a pixel is decoded: what it will take is known from its header.
+
+    Raises ImageTooLarge, UnsupportedImageFormat or InvalidImage.
     """
     if len(data) > limits.max_bytes:
         raise ImageTooLarge(f"image has {len(data)} bytes, the limit is {limits.max_bytes}")
@@ -63,17 +100,22 @@ def decode_image(data: bytes, limits: ImageLimits, min_side: int | None = None) 
         raise UnsupportedImageFormat(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:
         raise InvalidImage(f"image cannot be read: {error}") from error
-    if image.width * image.height > limits.max_pixels:
+    num_pixels = image.width * image.height
+    if num_pixels > limits.max_pixels:
         raise ImageTooLarge(f"image is {image.width}×{image.height} pixels, the limit is {limits.max_pixels}")
-    try:
-        if min_side is not None:
+    if min_side is not None:
+        try:
             _reduce(image, min_side)
-        image.load()
-        turn = _TURN.get(_orientation(image))
-        rgb = _to_srgb(image)
-        return rgb if turn is None else rgb.transpose(turn)
-    except Exception as error:
-        raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
+        except Exception as error:
+            raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
+    return OpenedImage(image, _peak_bytes(image, num_pixels))
+
+
+def _peak_bytes(image: Image.Image, num_pixels: int) -> int:
+    """`num_pixels` before a reduction."""
+    each = _WEBP_PEAK_BYTES if image.format == "WEBP" else _PEAK_BYTES
+    scan_bytes = _JPEG_SCAN_BYTES * num_pixels if image.format == "JPEG" else 0
+    return each * image.width * image.height + scan_bytes
 
 
 def _reduce(image: Image.Image, min_side: int) -> None:

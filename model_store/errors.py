@@ -20,7 +20,8 @@
     ├── Conflict                 the store moved on, or its state forbids the change
     │   └── HarmsOtherTasks      the impact report exceeds the margin
     ├── CorruptStore             stored bytes do not match their digest or cannot be read
-    └── StoreUnavailable         the store cannot be reached
+    ├── StoreUnavailable         the store cannot be reached
+    └── HubUnavailable           a repository of a hub cannot be read or written as asked
 
 The service maps them to HTTP statuses in one table (`service/problems.py`); the command line prints
 the message and exits with status 1.
@@ -108,4 +109,8 @@ class CorruptStore(ToscaError):
 
 
 class StoreUnavailable(ToscaError):
+    pass
+
+
+class HubUnavailable(ToscaError):
     pass

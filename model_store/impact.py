@@ -1,15 +1,19 @@
-"""The impact report: what a change of the active set does to every active task.
+"""The impact report: what a change of the active set does to the active tasks.
 
-Both banks answer every task's calibration set, each vector as if its own task had never seen it.
+Both banks answer the tasks' calibration sets, each vector as if its own task had never seen it: all tasks
+of a small set; of a large one those that changed, and those whose classes look most like theirs.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from model_store.bank import ModuleBank
 from model_store.calibration import expected_calibration_error
+from model_store.known_vectors import pick_rows
+
+MAX_TASKS = 16  # measured for one report
+MAX_VECTORS = 32  # of one task, where classes are screened
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,10 @@ class TaskImpact:
 
 @dataclass(frozen=True, slots=True)
 class ImpactReport:
+    """What was measured, sorted by task, and how many more active tasks there are."""
+
     tasks: tuple[TaskImpact, ...]
+    num_unmeasured: int = 0
 
     def worst_loss(self, ignoring: str | None = None) -> TaskImpact | None:
         """The surviving task that loses most, other than the one being changed."""
@@ -49,12 +56,14 @@ class ImpactReport:
 
 
 def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
-    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set."""
+    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on
+    MAX_VECTORS of it where very many classes make each of them dear."""
     module = bank.module(task)
     if len(module.calibration) == 0:
         return TaskHealth(0.0, 0.0, 0.0, 0)
-    answers = bank.answer_calibration(task)
-    true_labels = [module.labels[k] for k in module.calibration.label_M.tolist()]
+    row_M = pick_rows(module, MAX_VECTORS if bank.is_screened else len(module.calibration))
+    answers = bank.answer_calibration(task, row_M)
+    true_labels = [module.labels[k] for k in module.calibration.label_M[row_M].tolist()]
     right_task = [bank.answers_for(answer, task) for answer in answers]
     right = [
         ours and answer.label == label
@@ -72,15 +81,33 @@ def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
 def compare_banks(
     before: ModuleBank, after: ModuleBank, known: dict[str, TaskHealth] | None = None
 ) -> ImpactReport:
-    """The impact of replacing `before` by `after`. `known` holds health of `before` already measured."""
+    """The impact of replacing `before` by `after`, on at most MAX_TASKS tasks. `known` holds health of
+    `before` already measured."""
     known = known or {}
 
     def health(bank: ModuleBank, task: str) -> TaskHealth | None:
         return measure_health(bank, task) if task in bank else None
 
-    names: Iterable[str] = sorted({module.task for bank in (before, after) for module in bank.modules})
+    names = {module.task for bank in (before, after) for module in bank.modules}
+    measured = names if len(names) <= MAX_TASKS else _most_affected(before, after)
     return ImpactReport(
         tuple(
-            TaskImpact(task, known.get(task) or health(before, task), health(after, task)) for task in names
-        )
+            TaskImpact(task, known.get(task) or health(before, task), health(after, task))
+            for task in sorted(measured)
+        ),
+        num_unmeasured=len(names) - len(measured),
     )
+
+
+def _most_affected(before: ModuleBank, after: ModuleBank) -> set[str]:
+    """The tasks that changed, and an equal number of neighbours of each."""
+    old, new = ({module.task: module.sha256 for module in bank.modules} for bank in (before, after))
+    changed = sorted(task for task in old.keys() | new.keys() if old.get(task) != new.get(task))[:MAX_TASKS]
+    num_neighbours = (MAX_TASKS - len(changed)) // max(1, len(changed))
+    neighbours = [
+        bank.neighbours(task, num_neighbours)
+        for bank in (before, after)
+        for task in changed
+        if task in bank and (bank is after or task not in after)
+    ]
+    return set(changed).union(*neighbours)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model_store.blend import Blend
-from model_store.label_spaces import LabelSpace
+from model_store.label_spaces import LabelSpace, LabelSpaces
 from model_store.task_module import TaskModule
 
 # Alternatives less likely than this are not listed, so that a long list never forces every module to run.
@@ -50,7 +50,7 @@ class JointModel:
     """P(task, label | x) of a set of tasks, from closed-form scores and from their modules."""
 
     modules: tuple[TaskModule, ...]
-    spaces: tuple[LabelSpace, ...]
+    spaces: LabelSpaces
     first_class: tuple[int, ...]
     blend: Blend
 
@@ -92,17 +92,16 @@ class JointModel:
         known: KnownLogits | None = None,
     ) -> list[Found]:
         """Evaluate spaces in order of their probability until no further one can enter the listed answers."""
-        prob_BS = self._space_probs(log_task_BT)
-        order_BS = prob_BS.argsort(dim=1, descending=True, stable=True).tolist()
-        space_prob_BS = prob_BS.tolist()
-        found: list[list[Entry]] = [[] for _ in order_BS]
-        num_evaluated = [0] * len(order_BS)
-        pending = list(range(len(order_BS)))
+        prob_BS = self.space_probs(log_task_BT)
+        candidates = _in_order(prob_BS, self.least_listed(prob_BS, threshold))
+        found: list[list[Entry]] = [[] for _ in candidates]
+        num_evaluated = [0] * len(candidates)
+        pending = list(range(len(candidates)))
         rank = 0
         while pending:
             groups: dict[int, list[int]] = {}
             for b in pending:
-                groups.setdefault(order_BS[b][rank], []).append(b)
+                groups.setdefault(candidates[b][rank].space, []).append(b)
             for s, rows in sorted(groups.items()):
                 space = self.spaces[s]
                 stand_in = KnownLogits(known.task, known.logits_BK[rows]) if known else None
@@ -118,18 +117,24 @@ class JointModel:
             pending = [
                 b
                 for b in pending
-                if rank < len(self.spaces)
-                and _may_enter(space_prob_BS[b][order_BS[b][rank]], found[b], top_k, threshold)
+                if rank < len(candidates[b])
+                and _may_enter(candidates[b][rank].probability, found[b], top_k, threshold)
             ]
         return [Found(tuple(one), num) for one, num in zip(found, num_evaluated, strict=True)]
 
-    def _space_probs(self, log_task_BT: Tensor) -> Tensor:
-        if len(self.spaces) == len(self.modules):
-            return log_task_BT.exp()
-        pairs = [(t, s) for s, space in enumerate(self.spaces) for t in space.members]
-        task_P, space_P = torch.tensor(pairs, device=log_task_BT.device).T
-        empty_BS = log_task_BT.new_zeros(len(log_task_BT), len(self.spaces))
-        return empty_BS.index_add(1, space_P, log_task_BT[:, task_P].exp())
+    def space_probs(self, log_task_BT: Tensor) -> Tensor:
+        """[B, S] probability of each label space."""
+        return self.spaces.probabilities(log_task_BT.exp())
+
+    def least_listed(self, prob_BS: Tensor, threshold: float | None) -> Tensor:
+        """[B] a bound: of a space less probable than this, no label can be listed.
+
+        The best label of the most probable space has at least an equal share of it, and alternatives must
+        be likelier than the best label or than MIN_ALTERNATIVE_PROBABILITY.
+        """
+        top_B, space_B = prob_BS.max(dim=1)
+        bound_B = (top_B / self.spaces.num_labels_S[space_B]).clamp_max(MIN_ALTERNATIVE_PROBABILITY)
+        return bound_B if threshold is None else bound_B.clamp_max(threshold)
 
     def _entries(
         self, space: LabelSpace, prob_NL: Tensor, task_NL: Tensor, top_k: int, threshold: float | None
@@ -147,6 +152,24 @@ class JointModel:
                 )
                 for value, k, t in zip(values, labels, tasks, strict=True)
             ]
+
+
+class _Candidate(NamedTuple):
+    space: int
+    probability: float
+
+
+def _in_order(prob_BS: Tensor, least_B: Tensor) -> list[list[_Candidate]]:
+    """For each image the spaces not less probable, the most probable first; of equals the first."""
+    candidates: list[list[_Candidate]] = [[] for _ in range(len(prob_BS))]
+    row_N, space_N = (~(prob_BS < least_B[:, None])).nonzero(as_tuple=True)
+    for b, s, probability in zip(
+        row_N.tolist(), space_N.tolist(), prob_BS[row_N, space_N].tolist(), strict=True
+    ):
+        candidates[b].append(_Candidate(s, probability))
+    for one in candidates:
+        one.sort(key=lambda candidate: -candidate.probability)
+    return candidates
 
 
 def _keep(entries: list[Entry], top_k: int, threshold: float | None) -> list[Entry]:

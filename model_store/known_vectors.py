@@ -1,5 +1,5 @@
 """Calibration vectors of active tasks, scored as if they had not been seen: the evidence of a bank."""
-# N vectors, K classes of all tasks, C classes asked for
+# N vectors, K classes of all tasks, C classes of one task, D features
 
 from collections.abc import Sequence
 
@@ -11,59 +11,91 @@ from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import WhitenedCosine
 from model_store.task_module import TaskModule
 
+# Evidence is bounded, so that a further task costs the same however many there are: vectors, tasks they are
+# taken from, and scores (vectors times classes), of which a few hundred vectors' worth are always taken.
+MAX_VECTORS = 4096
+MAX_TASKS = 64
+MAX_SCORES = 2**22
+MIN_VECTORS = 256
+
 
 def unseen_scores(
     selector: WhitenedCosine,
     module: TaskModule,
-    first_class: int,
-    classes: slice,
+    t: int,
+    *,
+    own_classes: bool,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """[N, C] float64 selection scores of a task's calibration vectors (or some `rows` of them) without
-    their own contribution. `first_class` is where the task's classes begin among all; `classes` must
-    include them."""
+    """[N, K] or, with `own_classes`, [N, C] float64 selection scores of the calibration vectors of task `t`
+    (or some `rows` of them) without their own contribution.
+
+    Where classes are screened, those of other tasks get the screen's scores: one picture of thousands moves
+    them less than the screen's error.
+    """
     calibration = module.calibration
     device = calibration.label_M.device
     rows = torch.arange(len(calibration), device=device) if rows is None else rows
     x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
+    if selector.screen is not None and not own_classes:
+        score_NK = selector.screened_scores(x_ND).double()
+        score_NK[:, selector.classes(t)] = unseen_scores(selector, module, t, own_classes=True, rows=rows)
+        return score_NK
+    task = t if own_classes else None
     count_N = module.statistics.count_K.to(device)[label_N]
     inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
-    score_NC = x_ND.new_empty((len(rows), classes.stop - classes.start), dtype=torch.float64)
-    score_NC[~inside_N] = selector.scores(x_ND[~inside_N], classes)
-    score_NC[inside_N] = leave_one_out_scores(
-        selector, x_ND[inside_N], label_N[inside_N] + first_class, count_N[inside_N], classes
-    )
+    num_classes = len(module.labels) if own_classes else selector.num_classes
+    score_NC = x_ND.new_empty((len(rows), num_classes), dtype=torch.float64)
+    if not bool(inside_N.all()):
+        score_NC[~inside_N] = selector.scores(x_ND[~inside_N], None if task is None else [task])
+    class_N = label_N[inside_N] + selector.means.first_class[t]
+    score_NC[inside_N] = leave_one_out_scores(selector, x_ND[inside_N], class_N, count_N[inside_N], task)
     return score_NC
 
 
 def sample_evidence(
-    selector: WhitenedCosine,
-    modules: Sequence[TaskModule],
-    first_class: Sequence[int],
-    num_classes: int,
-    max_vectors: int,
+    selector: WhitenedCosine, modules: Sequence[TaskModule], max_vectors: int = MAX_VECTORS
 ) -> list[Evidence]:
-    """Calibration vectors of all tasks as if unseen, at most `max_vectors` together and evenly over the
-    tasks; with more tasks than that, of every so-manieth task."""
-    quota = max(1, max_vectors // len(modules))
+    """Calibration vectors of tasks as if unseen, at most `max_vectors` together and fewer with very many
+    classes, evenly over the tasks; with more than MAX_TASKS tasks, of every so-manieth."""
+    max_vectors = min(max_vectors, max(MIN_VECTORS, MAX_SCORES // selector.num_classes))
+    step = -(-len(modules) // min(max_vectors, MAX_TASKS))
+    tasks = range(0, len(modules), step)
+    quota = max(1, max_vectors // len(tasks))
+    rows = [pick_rows(modules[t], quota) for t in tasks]
+    scores = _scores_of_samples(selector, modules, tasks, rows)
     return [
-        _sample(selector, t, modules[t], first_class[t], num_classes, quota)
-        for t in range(0, len(modules), -(-len(modules) // max_vectors))
+        Evidence(
+            task=t,
+            row_N=row_N,
+            label_N=modules[t].calibration.label_M[row_N],
+            score_NK=score_NK,
+            logits_NC=modules[t].calibration.held_out_logits_MK[row_N],
+            first_class=selector.means.first_class[t],
+        )
+        for t, row_N, score_NK in zip(tasks, rows, scores, strict=True)
     ]
 
 
-def _sample(
-    selector: WhitenedCosine, t: int, module: TaskModule, first_class: int, num_classes: int, quota: int
-) -> Evidence:
-    calibration = module.calibration
-    size = len(calibration)
-    rows = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long()
-    rows = rows.to(calibration.label_M.device)
-    return Evidence(
-        task=t,
-        row_N=rows,
-        label_N=calibration.label_M[rows],
-        score_NK=unseen_scores(selector, module, first_class, slice(0, num_classes), rows),
-        logits_NC=calibration.held_out_logits_MK[rows],
-        first_class=first_class,
-    )
+def pick_rows(module: TaskModule, quota: int) -> Tensor:
+    """Rows of a task's calibration set, at most `quota`, evenly spread."""
+    size = len(module.calibration)
+    row_N = torch.linspace(0, max(0, size - 1), min(quota, size)).round().long()
+    return row_N.to(module.calibration.label_M.device)
+
+
+def _scores_of_samples(
+    selector: WhitenedCosine, modules: Sequence[TaskModule], tasks: Sequence[int], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    """[N, K] scores as if unseen for each task; where classes are screened, float32 and in one product."""
+    if selector.screen is None:
+        return [
+            unseen_scores(selector, modules[t], t, own_classes=False, rows=row_N)
+            for t, row_N in zip(tasks, rows, strict=True)
+        ]
+    x_ND = torch.cat([modules[t].calibration.cls_MD[row_N] for t, row_N in zip(tasks, rows, strict=True)])
+    scores = list(selector.screened_scores(x_ND).split([len(row_N) for row_N in rows]))
+    for t, row_N, score_NK in zip(tasks, rows, scores, strict=True):
+        own_NC = unseen_scores(selector, modules[t], t, own_classes=True, rows=row_N)
+        score_NK[:, selector.classes(t)] = own_NC.float()
+    return scores

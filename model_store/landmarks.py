@@ -47,14 +47,13 @@ class Standardisation:
 class LandmarkRidge:
     """Scores of unit vectors: similarities to the landmarks and the vector itself, linearly combined."""
 
-    landmark_MD: Tensor  # unit rows
     kernel_weight_MK: Tensor
     linear_weight_DK: Tensor
 
-    def scores(self, unit_BD: Tensor) -> Tensor:
-        """[B, K] float32; about 1 − 1/K for the right class and −1/K for the others."""
-        similarity_BM = ((unit_BD @ self.landmark_MD.T - 1.0) * SHARPNESS).exp()
-        return similarity_BM @ self.kernel_weight_MK + unit_BD @ self.linear_weight_DK
+    def scores(self, unit_BD: Tensor, landmark_MD: Tensor) -> Tensor:
+        """[B, K] float32; about 1 − 1/K for the right class and −1/K for the others. All rows are unit."""
+        similarity_BM = ((unit_BD @ landmark_MD.T - 1.0) * SHARPNESS).exp()
+        return similarity_BM @ self.kernel_weight_MK.float() + unit_BD @ self.linear_weight_DK.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,6 @@ def fit_landmark_ridges(
         leverage_N = (turned_NF**2) @ (square_F + penalty).reciprocal()
         residual_NK = (target_NK - feature_NF @ weight_FK) / (1.0 - leverage_N).clamp_min(1e-9)[:, None]
         expert = LandmarkRidge(
-            landmark_MD.float(),
             (whiten_MM @ weight_FK[:num_landmarks]).float(),
             weight_FK[num_landmarks:].float(),
         )

@@ -4,12 +4,12 @@ Taking x out of a class of n images moves the class mean from μ to μ − r/(n�
 all K class means by a K-th of that, and lowers the scatter by n/(n−1)·r·rᵀ. The scores without x follow from
 low-rank updates of those with it, exactly but for the sphere inside the covariance, which stays.
 """
-# N vectors, K classes, C classes asked for, D features, R = min(D, K)
+# N vectors, K classes, C classes asked for, S classes of the vectors, D features, R = min(D, K)
 
 import torch
 from torch import Tensor
 
-from model_store.selection import ALL_CLASSES, WhitenedCosine, whitened_cosine
+from model_store.selection import WhitenedCosine, whitened_cosine
 
 # A vector that is nearly the whole spread along its own residual leaves a singular covariance behind.
 _MIN_REMAINDER = 1e-6
@@ -20,19 +20,22 @@ def leave_one_out_scores(
     x_ND: Tensor,
     class_N: Tensor,
     count_N: Tensor,
-    classes: slice = ALL_CLASSES,
+    task: int | None = None,
 ) -> Tensor:
-    """[N, C] float64 scores of [N, D] vectors without their own contribution.
+    """[N, C] float64 scores of [N, D] vectors without their own contribution, over the classes of all tasks
+    or of one.
 
-    `class_N` is the vector's own class, which `classes` must include, and `count_N` that class's image count,
-    at least 2. With P = S⁻¹, solved = P·r and Sherman–Morrison P' = P + gain·solved·solvedᵀ, every product
-    aᵀP'r is `stretch` times aᵀPr.
+    `class_N` is the vector's own class among all, which must be one of those, and `count_N` that class's
+    image count, at least 2. With P = S⁻¹, solved = P·r and Sherman–Morrison P' = P + gain·solved·solvedᵀ,
+    every product aᵀP'r is `stretch` times aᵀPr.
     """
     own_N = torch.arange(len(x_ND), device=x_ND.device)
     step_N = 1.0 / (count_N.double() - 1.0)
-    shift_N = step_N / len(discriminant.offset_KD)  # every offset and the vector move by shift·r
+    shift_N = step_N / discriminant.num_classes  # every offset and the vector move by shift·r
     shifted_ND = x_ND.double() - discriminant.centre_D
-    residual_ND = shifted_ND - discriminant.offset_KD[class_N]
+    classes, offset_CD = discriminant.classes(task), discriminant.offsets(task)
+    own_class_N = class_N - (classes.start or 0)
+    residual_ND = shifted_ND - offset_CD[own_class_N]
     solved_ND = residual_ND @ discriminant.precision_DD
     spread_N = (residual_ND * solved_ND).sum(dim=1)
     weight_N = discriminant.outer_weight * count_N.double() * step_N
@@ -40,11 +43,12 @@ def leave_one_out_scores(
     stretch_N = 1.0 + gain_N * spread_N
     along_x_N = (shifted_ND * solved_ND).sum(dim=1)
 
-    offset_CD = discriminant.offset_KD[classes]
     along_NC = solved_ND @ offset_CD.T
     move_NC = shift_N[:, None].expand_as(along_NC).clone()  # how far along r each offset moves
-    move_NC[own_N, class_N - (classes.start or 0)] -= step_N
-    query_ND = shifted_ND @ discriminant.precision_DD
+    move_NC[own_N, own_class_N] -= step_N
+    # x − c is r and the own class's offset, and those are few.
+    seen_S, position_N = own_class_N.unique(return_inverse=True)
+    query_ND = solved_ND + (offset_CD[seen_S] @ discriminant.precision_DD)[position_N]
     projection_NC = (
         query_ND @ offset_CD.T
         + (gain_N * along_x_N)[:, None] * along_NC

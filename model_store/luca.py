@@ -26,7 +26,8 @@ class LuCA(nn.Module):
     - `adapter`     LayerNorm(adapter(z))
     - `calibrator`  z ⊙ gate(z)
 
-    The parameter names are those of the equations, and those of the module file.
+    The parameter names are those of the equations, and those of the module file. Parameters may rest in
+    float16; the arithmetic is float32.
     """
 
     def __init__(self, feature_dim: int, bottleneck_dim: int | None = None, flow: Flow = "tosca") -> None:
@@ -74,13 +75,14 @@ class LuCA(nn.Module):
         return z_BD * self._gate(z_BD)
 
     def _adapter(self, z_BD: Tensor) -> Tensor:
-        return F.linear(F.gelu(F.linear(z_BD, self.w1, self.b1)), self.w2, self.b2)
+        hidden_BR = F.gelu(F.linear(z_BD, self.w1.float(), self.b1.float()))
+        return F.linear(hidden_BR, self.w2.float(), self.b2.float())
 
     def _norm(self, x_BD: Tensor) -> Tensor:
-        return F.layer_norm(x_BD, (self.feature_dim,), self.norm_weight, self.norm_bias)
+        return F.layer_norm(x_BD, (self.feature_dim,), self.norm_weight.float(), self.norm_bias.float())
 
     def _gate(self, x_BD: Tensor) -> Tensor:
-        return torch.sigmoid(F.linear(F.relu(F.linear(x_BD, self.v1)), self.v2))
+        return torch.sigmoid(F.linear(F.relu(F.linear(x_BD, self.v1.float())), self.v2.float()))
 
 
 class CosineHead(nn.Module):
@@ -92,7 +94,11 @@ class CosineHead(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, out_BD: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(out_BD, dim=-1), F.normalize(self.weight_KD, dim=-1))
+        return self.scale * F.linear(F.normalize(out_BD, dim=-1), self.directions())
+
+    def directions(self) -> Tensor:
+        """[K, D] float32 unit vectors of the classes."""
+        return F.normalize(self.weight_KD.float(), dim=-1)
 
 
 def matrix_names(flow: Flow) -> tuple[str, ...]:

@@ -97,11 +97,7 @@ def round_weights(luca: LuCA, head: CosineHead, ridge: LandmarkRidge) -> Landmar
     with torch.no_grad():
         for parameter in [*luca.parameters(), head.weight_KD]:
             parameter.copy_(parameter.half().float())
-    return LandmarkRidge(
-        ridge.landmark_MD,
-        ridge.kernel_weight_MK.half().float(),
-        ridge.linear_weight_DK.half().float(),
-    )
+    return LandmarkRidge(ridge.kernel_weight_MK.half().float(), ridge.linear_weight_DK.half().float())
 
 
 def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
@@ -117,8 +113,10 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
     head = CosineHead(manifest.feature_dim, len(manifest.labels))
     luca.load_state_dict(_luca_state(manifest, luca, tensors))
     head.load_state_dict({"weight_KD": tensors["head.weight"], "scale": tensors["head.scale"]})
-    luca.requires_grad_(False).to(device)
+    # As the file holds them, at half the memory: every product is taken in float32 all the same.
+    luca.requires_grad_(False).to(device, torch.float16)
     head.requires_grad_(False).to(device)
+    head.weight_KD.data = head.weight_KD.half()
     at = {name: value.to(device) for name, value in tensors.items() if not name.startswith("statistics.")}
     standardisation = Standardisation(at["input.mean"], at["input.scale"])
     module = TaskModule(
@@ -129,9 +127,8 @@ def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
         luca=luca,
         head=head,
         ridge=LandmarkRidge(
-            landmark_MD=standardisation(at["calibration.cls"].float()),
-            kernel_weight_MK=at["ridge.kernel"].float(),
-            linear_weight_DK=at["ridge.linear"].float(),
+            kernel_weight_MK=at["ridge.kernel"],
+            linear_weight_DK=at["ridge.linear"],
         ),
         luca_weight=manifest.luca_weight,
         ridge_weight=manifest.ridge_weight,

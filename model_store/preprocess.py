@@ -6,6 +6,7 @@ and standard deviation the backbone was trained with. Pixels stay uint8 until th
 # C channels (3), H height, W width
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from model_store.decoding import DECODING, ImageLimits, decode_image
+from model_store.decoding import DECODING, ImageLimits, OpenedImage, open_image
 from model_store.errors import ImageTooLarge
 
 _RESAMPLING = {
@@ -25,6 +26,7 @@ _RESAMPLING = {
 # A JPEG reduced inside its decoder keeps at least so many times the pixels that resizing leaves of a side
 # (docs/decisions/0002-reduced-decoding.md has the cosines that chose it).
 REDUCING_GAP = 2
+_RGB_BYTES = 4  # of a pixel, as Pillow keeps it
 
 
 class Preprocessing(BaseModel):
@@ -41,6 +43,11 @@ class Preprocessing(BaseModel):
     decoding: Literal[2] = DECODING
 
     @property
+    def pixels_bytes(self) -> int:
+        """Bytes of the pixels of one picture on their way to the device."""
+        return 3 * self.height * self.width
+
+    @property
     def resized_side(self) -> int:
         """The most pixels a picture's shorter side has after resizing, before the crop."""
         return math.floor(max(self.height, self.width) / self.crop_fraction)
@@ -48,15 +55,7 @@ class Preprocessing(BaseModel):
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
     """[3, H, W] uint8 pixels of an RGB picture: shorter side resized, centre cropped, as timm does it."""
-    height = math.floor(preprocessing.height / preprocessing.crop_fraction)
-    width = math.floor(preprocessing.width / preprocessing.crop_fraction)
-    if height == width:
-        short, long = sorted(image.size)
-        scaled_long = int(height * long / short)
-        size = (height, scaled_long) if image.width <= image.height else (scaled_long, height)
-    else:
-        scale = max(width / image.width, height / image.height)
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    size = _resized_size(image.size, preprocessing)
     if size[0] * size[1] > limits.max_pixels:
         raise ImageTooLarge(
             f"image of {image.width}×{image.height} pixels is too elongated: resized to {size[0]}×{size[1]}, "
@@ -70,7 +69,50 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
     return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
 
 
+def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
+    """Width and height that a picture of a width and height is resized to."""
+    image_width, image_height = size
+    height = math.floor(preprocessing.height / preprocessing.crop_fraction)
+    width = math.floor(preprocessing.width / preprocessing.crop_fraction)
+    if height == width:
+        short, long = sorted(size)
+        scaled_long = int(height * long / short)
+        return (height, scaled_long) if image_width <= image_height else (scaled_long, height)
+    scale = max(width / image_width, height / image_height)
+    return max(width, round(image_width * scale)), max(height, round(image_height * scale))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedPicture:
+    """A picture of which only the header was read, and the way its pixels will go."""
+
+    opened: OpenedImage
+    preprocessing: Preprocessing
+    limits: ImageLimits
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that `load` takes at once."""
+        width, height = self.opened.size
+        upright = ((width, height), (height, width))  # which of them, only the metadata behind it may say
+        return max(self.opened.peak_bytes, *(self._resizing_bytes(size) for size in upright))
+
+    def _resizing_bytes(self, size: tuple[int, int]) -> int:
+        """The picture, the picture resized in width, and in both."""
+        width, height = _resized_size(size, self.preprocessing)
+        return _RGB_BYTES * (size[0] * size[1] + width * size[1] + width * height)
+
+    def load(self) -> Tensor:
+        """[3, H, W] uint8 pixels; to be called once. Raises ImageTooLarge and InvalidImage."""
+        return to_pixels(self.opened.decode(), self.preprocessing, self.limits)
+
+
+def open_picture(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> OpenedPicture:
+    """Raises ImageTooLarge, UnsupportedImageFormat and InvalidImage for what the header shows."""
+    opened = open_image(data, limits, min_side=REDUCING_GAP * preprocessing.resized_side)
+    return OpenedPicture(opened, preprocessing, limits)
+
+
 def load_pixels(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
     """Picture bytes to [3, H, W] uint8 pixels."""
-    image = decode_image(data, limits, min_side=REDUCING_GAP * preprocessing.resized_side)
-    return to_pixels(image, preprocessing, limits)
+    return open_picture(data, preprocessing, limits).load()

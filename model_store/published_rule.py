@@ -2,14 +2,13 @@
 
 Source: Yildirim, Gok Yildirim, Vanschoren (TMLR 2026, arXiv 2502.14762), without the average over a batch.
 """
-# B batch, K classes of all tasks, T tasks
+# B batch, K classes of all tasks, T tasks, G modules of a block, D features
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from model_store.selection import entropy
 from model_store.task_module import TaskModule
@@ -23,18 +22,27 @@ class LeastUncertain:
     prob_BK: Tensor
 
 
+# Log-probabilities held at a time, 32 MiB: as many modules share one product with the heads as fit.
+_BLOCK_SCORES = 2**22
+
+
 def least_uncertain(modules: Sequence[TaskModule], cls_BD: Tensor) -> LeastUncertain:
     """Every module scores the classes of all tasks on its own output; the least entropy wins, of equals the
     first."""
-    head_KD = torch.cat([F.normalize(module.head.weight_KD, dim=-1) for module in modules])
+    head_KD = torch.cat([module.head.directions() for module in modules])
     best_entropy_B = cls_BD.new_full((len(cls_BD),), torch.inf, dtype=torch.float64)
     best_prob_BK = cls_BD.new_zeros((len(cls_BD), len(head_KD)), dtype=torch.float64)
     module_B = torch.zeros(len(cls_BD), dtype=torch.int64, device=cls_BD.device)
-    for t, module in enumerate(modules):
-        log_prob_BK = module.log_probs_over(cls_BD, head_KD)
-        entropy_B = entropy(log_prob_BK)
+    size = max(1, _BLOCK_SCORES // max(1, best_prob_BK.numel()))
+    for start in range(0, len(modules), size):
+        block = modules[start : start + size]
+        out_GBD = torch.stack([module.directions(cls_BD) for module in block])
+        scale_G11 = torch.stack([module.head.scale for module in block])[:, None, None]
+        log_prob_GBK = torch.log_softmax(scale_G11 * (out_GBD @ head_KD.T).double(), dim=2)
+        entropy_B, first_B = entropy(log_prob_GBK).min(dim=0)
         better_B = entropy_B < best_entropy_B
         best_entropy_B = torch.where(better_B, entropy_B, best_entropy_B)
-        best_prob_BK = torch.where(better_B[:, None], log_prob_BK.exp(), best_prob_BK)
-        module_B = torch.where(better_B, t, module_B)
+        prob_BK = log_prob_GBK[first_B, torch.arange(len(cls_BD))].exp()
+        best_prob_BK = torch.where(better_B[:, None], prob_BK, best_prob_BK)
+        module_B = torch.where(better_B, start + first_B, module_B)
     return LeastUncertain(module_B, best_prob_BK)

@@ -4,16 +4,20 @@
 within-class covariance. It needs no training, adds up over tasks and can be taken apart again.
 `entropy`: the published rule — the module whose output is least uncertain — for one image at a time.
 """
-# B batch, N vectors, K all classes, T tasks, D features, R rank of the class means
+# B batch, N vectors, K all classes, C classes of one task, T tasks, D features, R rank of the class means
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from model_store.class_means import ALL_CLASSES, ClassMeans
 from model_store.errors import InvalidModule
-from model_store.statistics import PooledStatistics
+from model_store.screen import SCREEN_ERROR, ClassScreen
+from model_store.statistics import ROUNDING_EIGENVALUE, PooledStatistics, is_positive_definite
 
 Selection = Literal["lda", "entropy"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
@@ -26,7 +30,9 @@ PRIOR_IMAGES = 128
 # How much of the part of an image's norm that lies outside the span of the class means is kept.
 OUTSIDE_SHARE = 0.05
 SPAN_RIDGE = 1e-6
-ALL_CLASSES = slice(None)
+# With more classes than this (and than features) a CPU screens them before it scores any exactly. A GPU
+# reads them all faster than it could choose.
+MAX_DENSE_CLASSES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,14 @@ class WhitenedCosine:
     whole. Plain LDA scores g_k − q_k/2 grow with how strongly a picture shows its class, so that no single
     temperature makes them true; angles do not (docs/experiments.md). float64 throughout, so that rounding
     never depends visibly on the batch. The solve is on the query's side: D² once per image.
+
+    Of very many classes the offsets μ_k − c are not kept but computed when asked for, and a screen tells
+    which to ask for.
     """
 
-    offset_KD: Tensor  # μ_k − c
+    means: ClassMeans
+    offset_KD: Tensor | None  # μ_k − c
+    screen: ClassScreen | None
     centre_D: Tensor
     precision_DD: Tensor
     norm_K: Tensor  # q_k
@@ -52,12 +63,19 @@ class WhitenedCosine:
     outer_weight: float  # weight of one outer product r·rᵀ inside S
 
     @classmethod
-    def fit(cls, mean_KD: Tensor, pooled: PooledStatistics, shrinkage: float = SHRINKAGE) -> "WhitenedCosine":
-        """From [K, D] class means and the exact pooled statistics of the same tasks.
+    def fit(
+        cls,
+        means: ClassMeans,
+        pooled: PooledStatistics,
+        shrinkage: float = SHRINKAGE,
+        max_dense_classes: int | None = MAX_DENSE_CLASSES,
+    ) -> "WhitenedCosine":
+        """From class means and the exact pooled statistics of the same tasks, on the CPU.
 
-        Raises InvalidModule when the pooled scatter is no covariance.
+        More than `max_dense_classes` classes (and than features) are screened; None never screens. Raises
+        InvalidModule when the pooled scatter is no covariance.
         """
-        feature_dim = mean_KD.shape[1]
+        feature_dim = means.feature_dim
         eye_DD = torch.eye(feature_dim, dtype=torch.float64)
         freedom = pooled.degrees_of_freedom
         scatter_DD = pooled.scatter(feature_dim)
@@ -67,13 +85,26 @@ class WhitenedCosine:
         weight = (1.0 - shrinkage) / (freedom + PRIOR_IMAGES)
         sphere = weight * PRIOR_IMAGES * variance + shrinkage * variance
         covariance_DD = weight * scatter_DD + sphere * eye_DD
-        root_DD, fault = torch.linalg.cholesky_ex(covariance_DD)
-        if int(fault) != 0:
-            raise InvalidModule(
-                "the within-class scatter is no covariance: pooled, it is not positive definite"
-            )
+        if not is_positive_definite(covariance_DD - sphere / 2.0 * eye_DD):
+            covariance_DD = weight * _without_rounding(scatter_DD) + sphere * eye_DD
+        root_DD = torch.linalg.cholesky(covariance_DD)
         precision_DD = torch.cholesky_inverse(root_DD)
-        mean_KD = mean_KD.double()
+        if max_dense_classes is not None and len(means) > max(max_dense_classes, feature_dim):
+            sums = [mean_CD.sum(dim=0, dtype=torch.float64) for mean_CD in means.chunks()]
+            centre_D = torch.stack(sums).sum(dim=0) / len(means)
+            screen, norm_K = ClassScreen.fit(means, centre_D, root_DD)
+            return cls(
+                means=means,
+                offset_KD=None,
+                screen=screen,
+                centre_D=centre_D,
+                precision_DD=precision_DD,
+                norm_K=norm_K,
+                span_DR=torch.linalg.solve_triangular(root_DD.T, eye_DD, upper=True),
+                gram_root_KK=None,
+                outer_weight=weight,
+            )
+        mean_KD = means.all()
         centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
         whitened_DK = torch.linalg.solve_triangular(root_DD, offset_KD.T, upper=False)
@@ -82,7 +113,9 @@ class WhitenedCosine:
             gram_root_KK = _gram_root(whitened_DK)
             basis_DR = torch.linalg.solve_triangular(gram_root_KK, whitened_DK.T, upper=False).T
         return cls(
+            means=means,
             offset_KD=offset_KD,
+            screen=None,
             centre_D=centre_D,
             precision_DD=precision_DD,
             norm_K=(whitened_DK**2).sum(dim=0),
@@ -92,36 +125,83 @@ class WhitenedCosine:
         )
 
     def to(self, device: torch.device) -> "WhitenedCosine":
-        return WhitenedCosine(
-            self.offset_KD.to(device),
-            self.centre_D.to(device),
-            self.precision_DD.to(device),
-            self.norm_K.to(device),
-            self.span_DR.to(device),
-            None if self.gram_root_KK is None else self.gram_root_KK.to(device),
-            self.outer_weight,
+        if self.offset_KD is None or device.type == "cpu":
+            return self
+        return replace(
+            self,
+            offset_KD=self.offset_KD.to(device),
+            centre_D=self.centre_D.to(device),
+            precision_DD=self.precision_DD.to(device),
+            norm_K=self.norm_K.to(device),
+            span_DR=self.span_DR.to(device),
+            gram_root_KK=None if self.gram_root_KK is None else self.gram_root_KK.to(device),
         )
 
-    def scores(self, x_BD: Tensor, classes: slice = ALL_CLASSES) -> Tensor:
-        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5, of all classes or of some."""
+    @property
+    def num_classes(self) -> int:
+        return len(self.norm_K)
+
+    def offsets(self, t: int | None = None) -> Tensor:
+        """[C, D] float64 offsets μ − c of the classes of task `t`, or of all."""
+        if self.offset_KD is not None:
+            return self.offset_KD[self.classes(t)]
+        return (self.means.all() if t is None else self.means.of_task(t)) - self.centre_D
+
+    def classes(self, t: int | None) -> slice:
+        """Where the classes of task `t` stand among all; all without a task."""
+        return ALL_CLASSES if t is None else self.means.classes(t)
+
+    def scores(self, x_BD: Tensor, tasks: Sequence[int] | None = None) -> Tensor:
+        """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5, over all classes or over those of some
+        tasks, one task after another."""
         shifted_BD = x_BD.double() - self.centre_D
-        projection_BK = self._project(shifted_BD, classes)
-        inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)
-        whole_B = ((shifted_BD @ self.precision_DD) * shifted_BD).sum(dim=1)
-        return whitened_cosine(projection_BK, self.norm_K[classes], inside_B, whole_B)
+        query_BD = shifted_BD @ self.precision_DD
+        whole_B = (query_BD * shifted_BD).sum(dim=1)
+        inside_B = whole_B
+        if self.gram_root_KK is not None:  # else the class means span everything
+            inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)
+        if tasks is None:
+            return whitened_cosine(query_BD @ self.offsets().T, self.norm_K, inside_B, whole_B)
+        offset_CD = torch.cat([self.centre_D.new_empty(0, len(self.centre_D)), *map(self.offsets, tasks)])
+        norm_C = torch.cat([self.norm_K[:0], *(self.norm_K[self.classes(t)] for t in tasks)])
+        return whitened_cosine(query_BD @ offset_CD.T, norm_C, inside_B, whole_B)
+
+    def screened_scores(self, x_BD: Tensor) -> Tensor:
+        """[B, K] float32 scores within SCREENED_SCORE_ERROR of the exact ones, where classes are screened."""
+        assert self.screen is not None, "only very many classes are screened"
+        return self.screen.cosines(x_BD.double() - self.centre_D) / _FULL_LENGTH
 
     def lda_scores(self, x_BD: Tensor) -> Tensor:
         """[B, K] scores of plain LDA, g − q/2: the baseline."""
-        return self._project(x_BD.double() - self.centre_D, ALL_CLASSES) - self.norm_K / 2.0
+        query_BD = (x_BD.double() - self.centre_D) @ self.precision_DD
+        score_BK: Tensor = query_BD @ self.offsets().T - self.norm_K / 2.0
+        return score_BK
 
-    def _project(self, shifted_BD: Tensor, classes: slice) -> Tensor:
-        return (shifted_BD @ self.precision_DD) @ self.offset_KD[classes].T
+
+# Screened classes span all features, so that nothing lies outside and the score is the cosine by this.
+_FULL_LENGTH = math.sqrt(1.0 + OUTSIDE_SHARE)
+SCREENED_SCORE_ERROR = SCREEN_ERROR / _FULL_LENGTH
 
 
 def whitened_cosine(projection_BK: Tensor, norm_BK: Tensor, inside_B: Tensor, whole_B: Tensor) -> Tensor:
     """[B, K] g/(√q·‖x‖) from g, q, and x's squared norm inside the span of the class means and whole."""
     length_B = (inside_B + OUTSIDE_SHARE * whole_B).clamp_min(1e-30).sqrt()
     return projection_BK / norm_BK.clamp_min(1e-30).sqrt() / length_B[:, None]
+
+
+def _without_rounding(scatter_DD: Tensor) -> Tensor:
+    """The nearest matrix without negative eigenvalues. The bytes that correlations are stored in may leave
+    some, and the rounding of like tasks adds up.
+
+    Raises InvalidModule when rounding does not explain them.
+    """
+    deviation_D = scatter_DD.diagonal().clamp_min(1e-300).sqrt()
+    correlation_DD = scatter_DD / deviation_D / deviation_D[:, None]
+    if not is_positive_definite(correlation_DD + ROUNDING_EIGENVALUE * torch.eye(len(scatter_DD))):
+        raise InvalidModule("the within-class scatter is no covariance: pooled, it is not positive definite")
+    value_D, vector_DD = torch.linalg.eigh(scatter_DD)
+    positive_DD: Tensor = (vector_DD * value_D.clamp_min(0.0)) @ vector_DD.T
+    return positive_DD
 
 
 def _gram_root(column_DK: Tensor) -> Tensor:

@@ -97,7 +97,11 @@ def is_covariance(statistics: ClassStatistics) -> bool:
     level_P = statistics.correlation_P.double() / _LEVELS
     correlation_DD = unpack_symmetric(level_P * level_P.abs(), feature_dim)
     correlation_DD.diagonal().fill_(1.0 + ROUNDING_EIGENVALUE)
-    return int(torch.linalg.cholesky_ex(correlation_DD).info) == 0
+    return is_positive_definite(correlation_DD)
+
+
+def is_positive_definite(symmetric_DD: Tensor) -> bool:
+    return int(torch.linalg.cholesky_ex(symmetric_DD).info) == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,11 +44,9 @@ class TaskModule:
         return out_BD
 
     @torch.inference_mode()
-    def log_probs_over(self, cls_BD: Tensor, head_KD: Tensor) -> Tensor:
-        """[B, K] float64 log-probabilities over the classes of all tasks, whose head rows are the unit
-        vectors `head_KD`, on this module's output and scale: what the published `entropy` rule compares."""
-        out_BD = F.normalize(self.luca_output(cls_BD), dim=-1)
-        return torch.log_softmax(self.head.scale * (out_BD @ head_KD.T).double(), dim=1)
+    def directions(self, cls_BD: Tensor) -> Tensor:
+        """[B, D] unit vectors of the recalibrated features, which a cosine head compares with its own."""
+        return F.normalize(self.luca_output(cls_BD), dim=-1)
 
     @torch.inference_mode()
     def logits(self, cls_BD: Tensor) -> Tensor:
@@ -58,5 +56,7 @@ class TaskModule:
             logits_BK = logits_BK + self.luca_weight * self.head(self.luca_output(cls_BD))
         if self.ridge_weight > 0.0:
             assert self.standardisation is not None, "the ridge reads standardised vectors"
-            logits_BK = logits_BK + self.ridge_weight * self.ridge.scores(self.standardisation(cls_BD))
+            landmark_MD = self.standardisation(self.calibration.cls_MD.float())
+            ridge_BK = self.ridge.scores(self.standardisation(cls_BD), landmark_MD)
+            logits_BK = logits_BK + self.ridge_weight * ridge_BK
         return logits_BK

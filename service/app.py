@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Security
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.datastructures import State
 from starlette.types import Lifespan
@@ -23,11 +23,27 @@ from service.audit import AuditLog
 from service.bodies import LimitBodies
 from service.engine import Engine
 from service.errors import InvalidSettings
+from service.open_inference.grpc_server import serving_grpc
+from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
 from service.request_context import TrackRequests
-from service.routes import health, predict, revisions, tasks
-from service.routes.state import ServiceState, documented
-from service.settings import Settings
+from service.routes import (
+    feedback,
+    health,
+    metrics,
+    model_repository,
+    open_inference,
+    predict,
+    revisions,
+    tasks,
+    traffic,
+)
+from service.routes.console import add_console
+from service.routes.state import ServiceState, documented, require
+from service.settings import Plane, Settings
+from service.shedding import ShedLoad
+from service.telemetry import Telemetry
+from service.tracing import NO_TRACER, TraceRequests, Tracing
 from service.web import CloseWhenDraining, SecureHeaders
 
 
@@ -38,35 +54,51 @@ def create_app(
 
     At start it opens the store, loads and warms up the backbone (unless they are given), builds the bank of
     the newest revision, and only then is ready. At stop it answers what it has admitted. With an admin
-    port set, changes of the tasks are left to `create_admin_app`.
+    port set, changes of the tasks and the console are left to `create_admin_app`.
     """
     access = Access(settings)
+    tracing = Tracing(settings)
+    telemetry = Telemetry(tracer=tracing.tracer)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        with AuditLog(settings.audit_log) as audit:
-            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit)
+        with (
+            contextlib.closing(tracing),
+            AuditLog(settings.audit_log, telemetry.metrics.count_change) as audit,
+        ):
+            engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit, telemetry)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
-                state = ServiceState(settings, engine, registry, access, quota)
+                repository = ModelRepository(registry, settings.max_history)
+                state = ServiceState(settings, engine, registry, access, quota, repository)
                 app.state.service = state
-                async with _following(registry, settings.store_poll_s):
+                async with _following(registry, settings.store_poll_s), serving_grpc(state):
                     state.is_ready = True
                     yield
                     state.is_ready = False
 
-    app = _new_app(settings, lifespan)
-    routers = [predict.router, tasks.router]
+    app = _new_app(settings, telemetry, lifespan)
+    routers = [predict.router, feedback.router, tasks.router, traffic.router]
+    routers += [open_inference.router, model_repository.router]
     if settings.admin_port is None:
-        routers += [tasks.admin_router, revisions.router]
+        routers += [tasks.admin_router, revisions.router, model_repository.admin_router]
     _include(app, routers)
+    _include_metrics(app, settings, "main")
+    if settings.admin_port is None and settings.show_console:
+        add_console(app)
     return app
 
 
 def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
-    """The application of the admin port: tasks and revisions, over the running parts of `main`."""
-    app = _new_app(settings, None, main.state)
-    _include(app, [tasks.router, tasks.admin_router, revisions.router])
+    """The application of the admin port, over the running parts of `main`: everything, so that the console
+    finds all it needs where it came from."""
+    app = _new_app(settings, main.state.telemetry, None, main.state)
+    routers = [predict.router, feedback.router, tasks.router, traffic.router]
+    routers += [open_inference.router, model_repository.router]
+    _include(app, [*routers, tasks.admin_router, revisions.router, model_repository.admin_router])
+    _include_metrics(app, settings, "admin")
+    if settings.show_console:
+        add_console(app)
     return app
 
 
@@ -75,9 +107,21 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     for router in routers:
         app.include_router(router, dependencies=documented)
     app.include_router(health.router)
+    app.include_router(open_inference.health_router)
 
 
-def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: State | None = None) -> FastAPI:
+def _include_metrics(app: FastAPI, settings: Settings, plane: Plane) -> None:
+    if settings.serves_metrics(plane):
+        needed = [*documented, Security(require("read"))] if settings.metrics_need_key else []
+        app.include_router(metrics.router, dependencies=needed)
+
+
+def _new_app(
+    settings: Settings,
+    telemetry: Telemetry,
+    lifespan: Lifespan[FastAPI] | None,
+    state: State | None = None,
+) -> FastAPI:
     app = FastAPI(
         title="TOSCA Serving",
         version=version("tosca-serving"),
@@ -88,10 +132,15 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
     )
     if state is not None:
         app.state = state
+    app.state.telemetry = telemetry
     problems.install(app)
 
     def limit_of(path: str, media_type: str) -> int:
+        if path == "/feedback":
+            return settings.max_feedback_bytes
         limit = settings.max_module_bytes if path.startswith("/tasks") else settings.max_body_bytes
+        if path.startswith("/v2/repository"):
+            limit = settings.max_json_bytes
         return min(limit, settings.max_json_bytes) if media_type == "application/json" else limit
 
     # Each wraps what stands above it: ids are there first, bodies are bounded last.
@@ -101,6 +150,7 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
         timeout_s=settings.body_timeout_s,
         max_buffered_bytes=settings.max_buffered_bytes,
     )
+    app.add_middleware(ShedLoad, state=app.state)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -111,7 +161,9 @@ def _new_app(settings: Settings, lifespan: Lifespan[FastAPI] | None, state: Stat
         )
     app.add_middleware(CloseWhenDraining, state=app.state)
     app.add_middleware(SecureHeaders)
-    app.add_middleware(TrackRequests)
+    if telemetry.tracer is not NO_TRACER:
+        app.add_middleware(TraceRequests, tracer=telemetry.tracer)
+    app.add_middleware(TrackRequests, metrics=telemetry.metrics)
     return app
 
 
@@ -129,7 +181,11 @@ async def _following(registry: TaskRegistry, poll_s: float) -> AsyncIterator[Non
 
 
 def _load(
-    settings: Settings, backbone: Backbone | None, store: ModelStore | None, audit: AuditLog
+    settings: Settings,
+    backbone: Backbone | None,
+    store: ModelStore | None,
+    audit: AuditLog,
+    telemetry: Telemetry,
 ) -> tuple[Engine, TaskRegistry]:
     store = store or ModelStore(settings.store)
     if backbone is None:
@@ -146,4 +202,5 @@ def _load(
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    return Engine(backbone, settings), TaskRegistry(publisher, audit)
+    registry = TaskRegistry(publisher, audit, settings.loader_niceness)
+    return Engine(backbone, settings, telemetry), registry

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,9 +26,15 @@ log = logging.getLogger("tosca.audit")
 class AuditLog:
     """Appends JSON lines to a file, and to the ordinary log. Without a file only to the latter."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Raises AuditUnavailable when the file cannot be opened for appending."""
+    def __init__(
+        self, path: Path | None, on_end: Callable[[str, str, float], None] = lambda *_: None
+    ) -> None:
+        """`on_end` is told the action, its outcome (`done` or `refused`) and the seconds it took.
+
+        Raises AuditUnavailable when the file cannot be opened for appending.
+        """
         self._path = path
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._descriptor: int | None = None
         if path is not None:
@@ -51,12 +58,15 @@ class AuditLog:
         """Log the start and the end of a change; the block calls the yielded function with its result."""
         result: dict[str, Any] = {}
         self._append("asked", action, what)
+        started = time.monotonic()
         try:
             yield lambda **found: result.update(found)
         except Exception as error:
             fault = str(error) if isinstance(error, ToscaError) else "internal error"
+            self._on_end(action, "refused", time.monotonic() - started)
             self._append("refused", action, what | {"fault": type(error).__name__, "detail": fault[:500]})
             raise
+        self._on_end(action, "done", time.monotonic() - started)
         self._append("done", action, what | result)
 
     def _append(self, event: str, action: str, what: dict[str, Any]) -> None:

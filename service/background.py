@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
+from service.client import Client, ClientError, Readiness, Retries
 
 FOLDER = Path(".tosca")
 PID_FILE = FOLDER / "server.pid"
@@ -69,21 +69,21 @@ def stop() -> None:
         PID_FILE.unlink()
 
 
-def _ready(url: str) -> dict[str, object] | None:
-    try:
-        response = httpx.get(f"{url}/health/ready", timeout=2.0)
-    except httpx.HTTPError:
-        return None
-    state: dict[str, object] | None = response.json() if response.is_success else None
-    return state
+def _ready(url: str) -> Readiness | None:
+    with Client(url, timeout_s=2.0, retries=Retries.none()) as client:
+        try:
+            return client.ready()
+        except ClientError:
+            return None
 
 
-def _greeting(url: str, state: dict[str, object]) -> str:
+def _greeting(url: str, state: Readiness) -> str:
     pictures = sorted(FOLDER.glob("demo/*/test/*/*"))
     example = next((one for one in pictures if one.suffix == ".jpg"), Path("picture.jpg"))
     return f"""
-TOSCA Serving is ready at {url}: revision {state["revision"]}, {state["num_tasks"]} tasks, {state["backbone"]}
-on {state["device"]}. The API is described at {url}/docs, the log is {LOG_FILE}, `make stop` ends it. Try:
+TOSCA Serving is ready at {url}: revision {state.revision}, {state.num_tasks} tasks, {state.backbone}
+on {state.device}. The console is at {url}/, the API is described at {url}/docs, the log is {LOG_FILE},
+`make stop` ends it. Try:
 
   curl --data-binary @{example} {url}/predict
 """

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 
 from model_store.console import (
@@ -14,19 +13,22 @@ from model_store.console import (
     RuntimeOption,
     StoreOption,
     choose,
+    err,
     print_json,
     print_table,
     read_file,
 )
-from model_store.errors import InvalidRequest, StoreUnavailable
+from model_store.errors import InvalidImage
 from model_store.offline import OfflinePredictor
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from service.client import Client, ServerRefused, Wishes
 from service.key_commands import keys_app
+from service.remote_commands import KeyOption, remote_app
 from service.replay_command import replay
 from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
 
-_IMAGES_PER_REQUEST = 16
+_NUM_WITHOUT_BAR = 16  # pictures: answered before a bar is worth a look
 
 
 def register(app: typer.Typer) -> None:
@@ -34,6 +36,7 @@ def register(app: typer.Typer) -> None:
     app.command()(serve)
     app.command()(predict)
     app.command()(replay)
+    app.add_typer(remote_app, name="remote")
     app.add_typer(keys_app, name="keys")
 
 
@@ -75,9 +78,7 @@ def predict(
     abstain_level: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Offline: abstain at or below this p-value.")
     ] = DEFAULT_ABSTAIN_LEVEL,
-    key: Annotated[
-        str | None, typer.Option(envvar="TOSCA_API_KEY", help="API key for the server; better as variable.")
-    ] = None,
+    key: KeyOption = None,
     device: DeviceOption = "auto",
     runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -90,9 +91,14 @@ def predict(
     chosen = choose(selection, SELECTIONS, "--selection")
     data = [read_file(path) for path in pictures]
     if server is not None:
-        query = {"top_k": top_k, "selection": chosen, "task": task, "coverage": coverage}
-        query = {name: value for name, value in query.items() if value is not None}
-        answers = _ask(server, key, data, query)
+        with Client(server, key=key) as client:
+            has_bar = err.is_terminal and len(data) > _NUM_WITHOUT_BAR
+            wishes = Wishes(task, top_k, chosen, coverage)
+            answers = []
+            for path, one in zip(pictures, client.predict_each(data, wishes, progress=has_bar), strict=True):
+                if isinstance(one, ServerRefused):
+                    raise InvalidImage(f"{path}: {one.detail}") from one
+                answers.append(asdict(one))
     else:
         predictor = OfflinePredictor(ModelStore(store), device=device, runtime=runtime)
         answers = [
@@ -123,27 +129,6 @@ def predict(
             for path, one in zip(pictures, answers, strict=True)
         ),
     )
-
-
-def _ask(server: str, key: str | None, data: list[bytes], query: dict[str, Any]) -> list[dict[str, Any]]:
-    answers: list[dict[str, Any]] = []
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=server, timeout=60.0, headers=headers) as client:
-        for start in range(0, len(data), _IMAGES_PER_REQUEST):
-            files = [
-                ("image", (f"{start + i}", one))
-                for i, one in enumerate(data[start : start + _IMAGES_PER_REQUEST])
-            ]
-            try:
-                response = client.post("/predict", files=files, params=query)
-            except httpx.HTTPError as error:
-                raise StoreUnavailable(f"server {server} does not answer: {error}") from error
-            if response.is_error:
-                raise InvalidRequest(
-                    f"{response.status_code}: {response.json().get('detail', response.text)}"
-                )
-            answers += response.json()["predictions"]
-    return answers
 
 
 def _list(choices: list[dict[str, Any]]) -> str:

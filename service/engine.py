@@ -25,9 +25,9 @@ from torch import Tensor
 
 from model_store.answers import Answer
 from model_store.backbone import Backbone
-from model_store.bank import ModuleBank
+from model_store.bank import ModuleBank, Stage
 from model_store.errors import ToscaError
-from model_store.preprocess import load_pixels
+from model_store.preprocess import open_picture
 from model_store.selection import Selection
 from service.admission import DrainRate
 from service.cls_cache import ClsCache
@@ -35,11 +35,18 @@ from service.errors import (
     DeadlineExceeded,
     DeviceOutOfMemory,
     EngineStopped,
+    InvalidSettings,
     NotFinite,
     Overloaded,
     ShuttingDown,
 )
+from service.feedback import RecentAnswers
+from service.pixel_budget import PixelBudget
+from service.request_context import current_request
 from service.settings import Settings
+from service.telemetry import Telemetry
+from service.timings import Interval, Timings
+from service.traffic import Traffic
 
 log = logging.getLogger("tosca.engine")
 
@@ -55,30 +62,19 @@ class Question:
     coverage: float | None = None
     abstain_level: float = 0.0
 
-    def answer(self, cls_BD: Tensor) -> list[Answer]:
-        """What the bank answers, whether a pass or a cache gave the vectors."""
-        return self.bank.answer(
+    def answer(self, cls_BD: Tensor) -> tuple[list[Answer], Interval]:
+        """What the bank answers, whether a pass or a cache gave the vectors; and when its modules ran."""
+        ended_at: dict[Stage, float] = {}
+        answers = self.bank.answer(
             cls_BD,
             selection=self.selection,
             task=self.task,
             top_k=self.top_k,
             coverage=self.coverage,
             abstain_level=self.abstain_level,
+            on_stage=lambda stage: ended_at.update({stage: time.monotonic()}),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Seconds one picture spent in each stage; `backbone_s` and `selection_s` are those of its batch.
-
-    `batch_size` is the number of pictures in the pass, 0 for a picture whose CLS vector was known.
-    """
-
-    decode_s: float
-    queue_s: float
-    backbone_s: float
-    selection_s: float
-    batch_size: int
+        return answers, Interval(ended_at["selected"], ended_at["evaluated"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +91,30 @@ class _Entry:
     key: bytes  # in the CLS cache
     pixels: Tensor
     question: Question
-    decode_s: float
+    decode: Interval
     deadline: float
-    queued_at: float = field(default_factory=time.monotonic)
     future: "Future[TimedAnswer]" = field(default_factory=Future)
+
+    def drop(self) -> None:
+        """Nobody waits for it: unless its pass has begun, its memory is free at once."""
+        if self.future.cancel():
+            self.pixels = torch.empty(0)
 
 
 class Engine:
     """Answers pictures on one device. Start and stop it as a context manager."""
 
-    def __init__(self, backbone: Backbone, settings: Settings) -> None:
+    def __init__(self, backbone: Backbone, settings: Settings, telemetry: Telemetry | None = None) -> None:
         self.backbone = backbone
+        self.telemetry = telemetry or Telemetry()
         self._settings = settings
         on_cuda = backbone.device.type == "cuda"
         self.max_batch_size = settings.max_batch_size or (64 if on_cuda else 8)
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
+        self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
+        self.recent = RecentAnswers(settings.max_recent_answers)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self.pixel_budget = self._budget_beside_queue()
         self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._drain = DrainRate()
@@ -136,12 +140,17 @@ class Engine:
         """False when the inference thread has died or one pass has taken longer than `stall_after_s`."""
         busy_since = self._busy_since
         stalled = busy_since is not None and time.monotonic() - busy_since > self._settings.stall_after_s
-        return self._thread.is_alive() and not stalled
+        return self._thread.is_alive() and not self._has_died and not stalled
 
     @property
     def num_admitted(self) -> int:
         """Pictures admitted and not yet answered."""
         return self._drain.num_inside
+
+    @property
+    def num_queued(self) -> int:
+        """Pictures decoded and waiting for the device, about."""
+        return self._queue.qsize()
 
     @property
     def drain_s(self) -> float:
@@ -166,8 +175,8 @@ class Engine:
         question: Question,
         timeout_s: float | None = None,
     ) -> list[TimedAnswer]:
-        """Answer encoded pictures, or [B, D] float32 CLS vectors, in order, within `timeout_s` or the
-        default. Called on the event loop.
+        """Answer encoded pictures, [B, 3, H, W] uint8 pixels as the backbone takes them, or [B, D] float32
+        CLS vectors, in order, within `timeout_s` or the default. Called on the event loop.
 
         Raises Overloaded, ShuttingDown, EngineStopped, DeadlineExceeded, InvalidImage and UnknownTask.
         Cancelling the call takes its pictures out of the queue.
@@ -182,6 +191,7 @@ class Engine:
             async with asyncio.timeout(timeout_s):
                 answers = await self._answer_admitted(pictures, question, timeout_s)
             is_answered = True
+            self._record(answers, question.bank)
             return answers
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -195,8 +205,8 @@ class Engine:
     ) -> list[TimedAnswer]:
         deadline = time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        if isinstance(pictures, Tensor):
-            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question, 0.0)
+        if isinstance(pictures, Tensor) and pictures.dim() == 2:
+            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question)
         prepared = await asyncio.gather(
             *(
                 loop.run_in_executor(self._decoders, self._prepare, one, question, deadline)
@@ -218,27 +228,63 @@ class Engine:
             computed = iter(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
-                entry.future.cancel()
+                entry.drop()
         return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
+
+    def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
+        context = current_request.get()
+        for i, one in enumerate(answers):
+            self.telemetry.tell_picture(one.timings, one.answer.num_modules_evaluated)
+            self.traffic.record(bank, one.answer, is_new=not one.timings.is_known)
+            if context is not None:
+                sha256 = bank.module(one.answer.task).sha256
+                self.recent.remember(context.request_id, i, one.answer, sha256)
+
+    def _budget_beside_queue(self) -> PixelBudget:
+        """What `max_decoded_bytes` leaves for decoding when as many decoded pictures as may are waiting, and
+        a pass has a batch whose clients left."""
+        num_held = self._settings.max_queued_images + self.max_batch_size
+        held_bytes = num_held * self.backbone.preprocessing.pixels_bytes
+        max_bytes = self._settings.max_decoded_bytes
+        if max_bytes <= held_bytes:
+            raise InvalidSettings(
+                f"TOSCA_MAX_DECODED_BYTES is {max_bytes}: the {num_held} pictures that may wait for the "
+                f"device take {held_bytes} alone"
+            )
+        return PixelBudget(max_bytes - held_bytes)
 
     # -- the decode pool -----------------------------------------------------------------------------
 
-    def _prepare(self, data: bytes, question: Question, deadline: float) -> "_Entry | TimedAnswer":
+    def _prepare(
+        self, picture: bytes | Tensor, question: Question, deadline: float
+    ) -> "_Entry | TimedAnswer":
         """A picture ready for the device, or its answer where its CLS vector is known."""
         started = time.monotonic()
+        # No picture file begins like the key of pixels, so neither can stand for the other.
+        data = picture if isinstance(picture, bytes) else b"pixels:" + picture.numpy().tobytes()
         key = self.cache.key(data)
         if (cls_D := self.cache.get(key)) is not None:
-            return self._answer_known(cls_D[None], question, time.monotonic() - started)[0]
-        pixels = load_pixels(data, self.backbone.preprocessing, self._settings.image_limits)
-        return _Entry(key, pixels, question, time.monotonic() - started, deadline)
+            return self._answer_known(cls_D[None], question, started)[0]
+        if isinstance(picture, bytes):
+            opened = open_picture(picture, self.backbone.preprocessing, self._settings.image_limits)
+            with self.pixel_budget.room(opened.peak_bytes, deadline):
+                pixels = opened.load()
+        else:
+            pixels = picture
+        return _Entry(key, pixels, question, Interval(started, time.monotonic()), deadline)
 
-    def _answer_known(self, cls_BD: Tensor, question: Question, decode_s: float) -> list[TimedAnswer]:
+    def _answer_known(
+        self, cls_BD: Tensor, question: Question, began_at: float | None = None
+    ) -> list[TimedAnswer]:
         """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
-        started = time.monotonic()
-        answers = question.answer(cls_BD)
+        answering_at = time.monotonic()
+        answers, modules = question.answer(cls_BD)
         for answer in answers:
             _check_finite(answer)
-        timings = Timings(decode_s, 0.0, 0.0, time.monotonic() - started, batch_size=0)
+        selection = Interval(answering_at, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
+        decode = Interval(answering_at if began_at is None else began_at, answering_at)
+        timings = Timings(decode, None, None, selection, modules, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
     # -- the inference thread ------------------------------------------------------------------------
@@ -329,10 +375,11 @@ class Engine:
             self._pass(live[start : start + size])
 
     def _answer_pass(self, live: list[_Entry], cls_BD: Tensor, started: float) -> None:
-        backbone_s = time.monotonic() - started
+        backbone = Interval(started, time.monotonic())
+        self.telemetry.metrics.time_pass(backbone, len(live))
         rows = sorted(range(len(live)), key=lambda i: _group_key(live[i].question))
         for _, group in groupby(rows, key=lambda i: _group_key(live[i].question)):
-            self._answer_group(live, list(group), cls_BD, started, backbone_s)
+            self._answer_group(live, list(group), cls_BD, backbone)
 
     def _embed(self, live: list[_Entry]) -> Tensor:
         """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
@@ -346,18 +393,17 @@ class Engine:
                 self.cache.put(key, cls_D)
         return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
 
-    def _answer_group(
-        self, live: list[_Entry], rows: list[int], cls_BD: Tensor, started: float, backbone_s: float
-    ) -> None:
+    def _answer_group(self, live: list[_Entry], rows: list[int], cls_BD: Tensor, backbone: Interval) -> None:
         question = live[rows[0]].question
         answering = time.monotonic()
         try:
-            answers = question.answer(cls_BD[rows])
+            answers, modules = question.answer(cls_BD[rows])
         except Exception as error:  # delivered to the waiters
             for row in rows:
                 live[row].future.set_exception(error)
             return
-        selection_s = time.monotonic() - answering
+        selection = Interval(answering, time.monotonic())
+        self.telemetry.metrics.time_answers(selection, modules)
         for row, answer in zip(rows, answers, strict=True):
             entry = live[row]
             try:
@@ -365,7 +411,8 @@ class Engine:
             except NotFinite as fault:
                 entry.future.set_exception(fault)
                 continue
-            timings = Timings(entry.decode_s, started - entry.queued_at, backbone_s, selection_s, len(live))
+            queue = Interval(entry.decode.ended_at, backbone.began_at)
+            timings = Timings(entry.decode, queue, backbone, selection, modules, len(live))
             entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
 
 

@@ -13,14 +13,17 @@ ToscaError
 ├── UnsupportedMediaType
 ├── Unauthenticated          no key, or a wrong one
 ├── Forbidden                a key without the scope
+├── NotFound
+│   └── UnknownVersion       a model is not served in the version asked for
 ├── NotFinite                an answer that is no number
 ├── InvalidKeys              a keys file that cannot be used
 ├── InvalidSettings          settings that contradict each other or are unsafe
 ├── AuditUnavailable         the audit log cannot be written
-└── CannotListen             the address is taken or is not ours
+├── CannotListen             the address is taken or is not ours
+└── UnknownAnswer            (a NotFound) feedback on an answer that is not remembered
 """
 
-from model_store.errors import ToscaError
+from model_store.errors import NotFound, ToscaError
 
 
 class Refused(ToscaError):
@@ -83,6 +86,10 @@ class Forbidden(ToscaError):
         self.scope = scope
 
 
+class UnknownVersion(NotFound):
+    pass
+
+
 class NotFinite(ToscaError):
     pass
 
@@ -100,4 +107,8 @@ class AuditUnavailable(ToscaError):
 
 
 class CannotListen(ToscaError):
+    pass
+
+
+class UnknownAnswer(NotFound):
     pass

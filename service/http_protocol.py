@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -13,8 +14,11 @@ from service.settings import Settings
 log = logging.getLogger("tosca.http")
 
 
-def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
-    """uvicorn's HTTP protocol with the limits of `settings` on every connection."""
+def bounded_protocol(
+    settings: Settings, on_refusal: Callable[[str], None] = lambda _: None
+) -> type[HttpToolsProtocol]:
+    """uvicorn's HTTP protocol with the limits of `settings` on every connection; `on_refusal` is told the
+    kind of every refusal made before there is a request."""
 
     class BoundedProtocol(HttpToolsProtocol):
         _head_bytes = 0
@@ -87,6 +91,7 @@ def bounded_protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
         def _refuse(self, status: int, kind: str, detail: str) -> None:
             if not self.transport.is_closing():
+                on_refusal(kind)
                 self.transport.write(_problem(status, kind, detail))
                 self.transport.close()
 

@@ -45,7 +45,10 @@ def create(
 
 @keys_app.command("list")
 def list_keys(file: FileOption = DEFAULT_FILE, json: JsonOption = False) -> None:
-    """List keys, without their secrets, which nobody has kept."""
+    """List keys, without their secrets, which nobody has kept.
+
+    Example: tosca keys list --file .tosca/keys.json
+    """
     keys = read_keys(file)
     if json:
         print_json([one.model_dump(mode="json", exclude={"secret_sha256"}) for one in keys])
@@ -71,6 +74,9 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="As `tosca keys list` shows it.")],
     file: FileOption = DEFAULT_FILE,
 ) -> None:
-    """Take a key away; the server refuses it from its next request on."""
+    """Take a key away; the server refuses it from its next request on.
+
+    Example: tosca keys revoke 4bf92f3577b3
+    """
     change_keys(file, without_key(key_id))
     out.print(f"revoked {key_id}")

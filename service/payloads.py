@@ -16,7 +16,7 @@ from model_store.errors import Conflict, ImageTooLarge, InvalidRequest
 from model_store.signatures import Signature
 from service.bodies import media_type_of
 from service.errors import UnsupportedMediaType
-from service.schemas import PredictRequest, StoredModule
+from service.schemas import FeedbackRequest, PredictRequest, StoredModule
 
 # CLS vectors leave a layer norm: their numbers are of the order of ten.
 MAX_CLS_VALUE = 1e4
@@ -78,11 +78,7 @@ def read_cls(body: PredictRequest, backbone: Backbone) -> Tensor:
 
     Raises Conflict when another backbone computed them and InvalidRequest when they cannot be CLS vectors.
     """
-    if body.backbone_fingerprint != backbone.fingerprint:
-        raise Conflict(
-            f"the CLS vectors were computed by backbone {body.backbone_fingerprint}, "
-            f"this service runs {backbone.fingerprint}: send the pictures"
-        )
+    check_fingerprint(body.backbone_fingerprint, backbone)
     vectors = body.cls or []
     for i, vector in enumerate(vectors):
         if len(vector) != backbone.feature_dim:
@@ -90,6 +86,15 @@ def read_cls(body: PredictRequest, backbone: Backbone) -> Tensor:
         if max(abs(value) for value in vector) > MAX_CLS_VALUE:
             raise InvalidRequest(f"cls.{i} has a number beyond ±{MAX_CLS_VALUE:g}, which no CLS vector has")
     return torch.tensor(vectors, dtype=torch.float32)
+
+
+def check_fingerprint(fingerprint: str | None, backbone: Backbone) -> None:
+    """Raises Conflict unless `fingerprint` is that of the backbone whose CLS vectors are known here."""
+    if fingerprint != backbone.fingerprint:
+        raise Conflict(
+            f"the CLS vectors were computed by backbone {fingerprint}, "
+            f"this service runs {backbone.fingerprint}: send the pictures"
+        )
 
 
 async def read_module_body(request: Request) -> bytes | StoredModule:
@@ -106,6 +111,14 @@ async def read_module_body(request: Request) -> bytes | StoredModule:
         f"content type {media_type!r}: send a module file as application/octet-stream or "
         "multipart/form-data, or application/json with module_sha256"
     )
+
+
+async def read_feedback(request: Request) -> FeedbackRequest:
+    """Raises InvalidRequest and UnsupportedMediaType."""
+    media_type = media_type_of(request.headers)
+    if media_type != "application/json":
+        raise UnsupportedMediaType(f"content type {media_type!r}: send application/json")
+    return await _json(request, FeedbackRequest, max_elements=256)  # a label may have commas
 
 
 def read_signature(header: str | None) -> Signature | None:
@@ -129,6 +142,11 @@ async def _raw(request: Request) -> bytes:
 async def _json(request: Request, model: type[Body], max_elements: int) -> Body:
     body = await request.body()
     await asyncio.sleep(0)  # joining and parsing megabytes takes its time: let others in between
+    return parse_json(body, model, max_elements)
+
+
+def parse_json(body: bytes, model: type[Body], max_elements: int) -> Body:
+    """A JSON document as `model`. Raises InvalidRequest, naming the field that is wrong."""
     # Millions of empty elements would keep the parser, and so the event loop, busy for seconds. Neither
     # base64 nor a task's name has commas, so their number bounds that of the elements before parsing.
     if body.count(b",") > max_elements + _MAX_FIELDS:

@@ -54,8 +54,12 @@ def status_of(error: ToscaError) -> int:
 def problem(
     status: int, kind: str, detail: str, instance: str, headers: dict[str, str] | None = None, **extra: Any
 ) -> JSONResponse:
-    """A problem document as a response."""
+    """A problem document as a response; under /v2 the error object that the protocol there wants."""
     context = current_request.get()
+    if context is not None:
+        context.refusal = kind
+    if instance.startswith("/v2/") or instance == "/v2":
+        return JSONResponse({"error": detail[:_MAX_TEXT]}, status, headers=headers)
     body = {
         "type": f"urn:tosca:problem:{kind}",
         "title": HTTPStatus(status).phrase,

@@ -5,13 +5,13 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from model_store.errors import ToscaError
 from model_store.publishing import ActiveSet, Outcome, Publisher
 from model_store.signatures import Signature
 from service.audit import AuditLog
+from service.loader import give_back_memory, make_loader
 from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
@@ -22,10 +22,11 @@ class TaskRegistry:
     """Holds the active set. Changes run one after another on the loader thread and end in one reference
     assignment inside the publisher, so a reader sees the set before or the set after, never a mixture."""
 
-    def __init__(self, publisher: Publisher, audit: AuditLog) -> None:
+    def __init__(self, publisher: Publisher, audit: AuditLog, loader_niceness: int = 0) -> None:
         self._publisher = publisher
         self._audit = audit
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._loader = make_loader(loader_niceness)
+        give_back_memory()  # of the start
         self._seen_at = time.monotonic()
         self._fault: str | None = None
 
@@ -138,7 +139,10 @@ class TaskRegistry:
         return await self._run(audited)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
+        before = self.active
         result = await asyncio.get_running_loop().run_in_executor(self._loader, work)
+        if self.active is not before:
+            self._loader.submit(give_back_memory)
         self._seen_at = time.monotonic()
         if self._fault is not None:
             log.info("the store answers again")

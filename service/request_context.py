@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.metrics import Metrics
+
+ASKED_BY_MACHINES = ("/health", "/metrics")  # every few seconds
 log = logging.getLogger("tosca.request")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # W3C Trace Context: version, trace id, parent id, flags; no id is all zeros, version ff is forbidden.
@@ -23,20 +26,22 @@ class RequestContext:
     request_id: str
     trace_id: str | None = None
     caller: str | None = None
+    refusal: str | None = None  # kind of the problem document that answers it
 
 
 current_request: ContextVar[RequestContext | None] = ContextVar("current_request", default=None)
 
 
 class TrackRequests:
-    """ASGI middleware: gives every request its ids, echoes `x-request-id`, logs one line an answer.
+    """ASGI middleware: every request gets its ids, is measured and leaves one line in the log.
 
-    An id that came with the request is kept when it is harmless, else a new one is made. What the line
-    holds is chosen: no header, no query, no body, so that no secret can be in it.
+    `x-request-id` is echoed: an id that came with the request when it is harmless, else a new one. What the
+    line holds is chosen: no header, no query, no body, so that no secret can be in it.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,13 +61,19 @@ class TrackRequests:
 
         try:
             await self._app(scope, receive, tracked)
+        except Exception:
+            context.refusal = "internal"
+            raise
         finally:
-            level = logging.DEBUG if scope["path"].startswith("/health") else logging.INFO
+            duration_s = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", None)
+            self._metrics.count_request(scope["method"], route, status, duration_s, context.refusal)
+            level = logging.DEBUG if scope["path"].startswith(ASKED_BY_MACHINES) else logging.INFO
             fields = {
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": status,
-                "duration_ms": round(1e3 * (time.monotonic() - started), 2),
+                "duration_ms": round(1e3 * duration_s, 2),
                 "client": scope["client"][0] if scope.get("client") else None,
                 "caller": context.caller,
             }

@@ -7,11 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from model_store.answers import Answer
 from model_store.impact import ImpactReport, TaskHealth
+from model_store.manifest import Label, TaskName
 from model_store.module_file import ModuleFile
 from model_store.publishing import Outcome
 from model_store.selection import Selection
 from model_store.store import Revision
+from service.drift import Drift
 from service.engine import TimedAnswer
+from service.reliability import Reliability
+from service.traffic import TaskTraffic, Traffic
 
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 
@@ -130,12 +134,13 @@ class PredictResponse(Strict):
 
 
 def _stage_timings(one: TimedAnswer) -> StageTimings:
+    timings = one.timings
     return StageTimings(
-        decode_ms=one.timings.decode_s * 1e3,
-        queue_ms=one.timings.queue_s * 1e3,
-        backbone_ms=one.timings.backbone_s * 1e3,
-        selection_ms=one.timings.selection_s * 1e3,
-        batch_size=one.timings.batch_size,
+        decode_ms=1e3 * timings.decode.duration_s,
+        queue_ms=1e3 * timings.queue.duration_s if timings.queue else 0.0,
+        backbone_ms=1e3 * timings.backbone.duration_s if timings.backbone else 0.0,
+        selection_ms=1e3 * timings.selection.duration_s,
+        batch_size=timings.batch_size,
         modules_evaluated=one.answer.num_modules_evaluated,
     )
 
@@ -212,6 +217,11 @@ class ChangeOut(Strict):
     replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
     harmed: list[str] = Field(description="Tasks that lose more than the margin.")
     impact: list[TaskImpactOut]
+    num_unmeasured: int = Field(
+        description="Active tasks left out of the report: of very many, those that changed and the tasks "
+        "whose classes look most like theirs are measured.",
+        examples=[0],
+    )
 
     @classmethod
     def of(cls, outcome: Outcome) -> "ChangeOut":
@@ -221,6 +231,7 @@ class ChangeOut(Strict):
             replaced_sha256=outcome.replaced_sha256,
             harmed=list(outcome.harmed),
             impact=_impact(outcome.impact),
+            num_unmeasured=outcome.impact.num_unmeasured,
         )
 
 
@@ -243,6 +254,124 @@ class RevisionOut(Strict):
     @classmethod
     def of(cls, revision: Revision) -> "RevisionOut":
         return cls.model_validate(revision, from_attributes=True, extra="ignore")
+
+
+class FeedbackRequest(Strict):
+    """What a picture really showed."""
+
+    request_id: str = Field(
+        description="The `x-request-id` of the answer.",
+        pattern=r"^[A-Za-z0-9._-]{1,128}$",
+        examples=["4bf92f3577b34da6a3ce929d0e0e4736"],
+    )
+    index: int = Field(0, ge=0, description="Which picture of the request, from 0.")
+    label: Label = Field(description="The true label.", examples=["nominal"])
+    task: TaskName | None = Field(
+        None,
+        description="Its task; without, the label alone must match.",
+        examples=["textiles"],
+    )
+
+
+class FeedbackOut(Strict):
+    """The answer that was judged, and whether it was right."""
+
+    task: str = Field(examples=["textiles"])
+    label: str = Field(description="The label answered.", examples=["local"])
+    confidence: float = Field(examples=[0.95])
+    correct: bool
+    counted: bool = Field(description="False when told before, or when its module is not active any more.")
+
+
+class DriftOut(Strict):
+    """Whether a task's pictures look less typical of it than those it was made from (docs/monitoring.md)."""
+
+    samples: int = Field(description="Pictures in the windows looked at.", examples=[640])
+    statistic: float | None = Field(
+        description="Decimal logarithm of the evidence for drift, from 0; null without samples.",
+        examples=[0.2],
+    )
+    p_value: float | None = Field(
+        description="Valid at any time, however often it is looked at.", ge=0.0, le=1.0, examples=[0.63]
+    )
+    mean_p_value: float | None = Field(
+        description="Of the pictures: about 0.5 or above without drift.", ge=0.0, le=1.0, examples=[0.52]
+    )
+    drifting: bool | None = Field(description="The p-value is at or below the alarm rate.")
+
+    @classmethod
+    def of(cls, drift: Drift | None) -> "DriftOut":
+        if drift is None:
+            return cls(samples=0, statistic=None, p_value=None, mean_p_value=None, drifting=None)
+        return cls(
+            samples=drift.num_pictures,
+            statistic=drift.log10_wealth,
+            p_value=drift.p_value,
+            mean_p_value=drift.mean_p_value,
+            drifting=drift.is_drifting,
+        )
+
+
+class ReliabilityOut(Strict):
+    """How right a task's present module was, by the labels that came back."""
+
+    labels: int = Field(examples=[120])
+    accuracy: float | None = Field(ge=0.0, le=1.0, examples=[0.94])
+    ece: float | None = Field(ge=0.0, le=1.0, examples=[0.03])
+
+    @classmethod
+    def of(cls, reliability: Reliability) -> "ReliabilityOut":
+        return cls(labels=reliability.num_labels, accuracy=reliability.accuracy, ece=reliability.ece)
+
+
+class TaskTrafficOut(Strict):
+    """What one task has answered since the service started."""
+
+    task: str = Field(examples=["textiles"])
+    images: int = Field(examples=[640])
+    share: float = Field(description="Of all pictures answered.", ge=0.0, le=1.0, examples=[0.64])
+    abstained: int = Field(examples=[12])
+    confidence_histogram: list[int] = Field(
+        description="Answers by confidence, in ten bins of equal width.",
+        examples=[[0, 0, 0, 1, 3, 9, 20, 47, 120, 440]],
+    )
+    drift: DriftOut
+    feedback: ReliabilityOut
+
+    @classmethod
+    def of(cls, task: str, traffic: TaskTraffic, num_images: int) -> "TaskTrafficOut":
+        tally = traffic.tally
+        return cls(
+            task=task,
+            images=tally.num_images,
+            share=tally.num_images / num_images,
+            abstained=tally.num_abstained,
+            confidence_histogram=list(tally.confidence_histogram),
+            drift=DriftOut.of(traffic.drift.judge()),
+            feedback=ReliabilityOut.of(traffic.reliability),
+        )
+
+
+class TrafficOut(Strict):
+    """What this process has answered since it started. Tasks beyond the number that are told apart count as
+    `other_images`; those of tasks removed meanwhile stay in `images` alone."""
+
+    since: datetime
+    images: int = Field(examples=[1000])
+    abstained: int = Field(examples=[31])
+    other_images: int = Field(examples=[0])
+    tasks: list[TaskTrafficOut]
+
+    @classmethod
+    def of(cls, traffic: Traffic) -> "TrafficOut":
+        total = traffic.total
+        return cls(
+            since=traffic.since,
+            images=total.num_images,
+            abstained=total.num_abstained,
+            other_images=traffic.others.num_images,
+            tasks=[TaskTrafficOut.of(task, one, total.num_images) for task, one in traffic.tasks()],
+        )
 
 
 class Live(Strict):

@@ -43,7 +43,7 @@ def serve(settings: Settings, backbone: Backbone | None = None) -> None:
         planes.put(_port(sockets[1]), create_admin_app(settings, main))
     config = uvicorn.Config(
         planes,
-        http=bounded_protocol(settings),
+        http=bounded_protocol(settings, main.state.telemetry.metrics.count_refusal),
         ws="none",
         log_config=None,
         access_log=False,

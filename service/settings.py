@@ -15,6 +15,7 @@ from model_store.publishing import DEFAULT_MARGIN
 DEFAULT_ABSTAIN_LEVEL = 0.02
 
 Bytes = Annotated[int, Field(gt=0)]
+Plane = Literal["main", "admin"]
 Seconds = Annotated[float, Field(ge=0.0)]
 Words = Annotated[
     tuple[str, ...],
@@ -35,6 +36,9 @@ class Settings(BaseSettings):
     admin_port: int | None = Field(
         None, ge=0, le=65535, description="Port of its own for changes of the tasks; without: all on one."
     )
+    grpc_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of the Open Inference Protocol over gRPC; without: none."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     runtime: str = Field("auto", description="auto (the tuned one) or a name of `tosca backbone tune`.")
 
@@ -48,6 +52,7 @@ class Settings(BaseSettings):
     )
     cors_origins: Words = Field((), description="Origins whose pages may call the API, separated by blanks.")
     show_docs: bool = Field(True, description="Serve /docs and /openapi.json.")
+    show_console: bool = Field(True, description="Serve the console; with an admin port, there alone.")
     trusted_signers: Path | None = Field(None, description="List of the signers of module files.")
     require_signature: bool = Field(False, description="Refuse modules that no trusted signer has signed.")
     audit_log: Path | None = Field(None, description="Append every change and its author to this file.")
@@ -58,12 +63,18 @@ class Settings(BaseSettings):
     max_json_bytes: Bytes = Field(
         16 * 2**20, description="Largest JSON body: parsing holds up everything else, unlike raw bodies."
     )
+    max_feedback_bytes: Bytes = Field(16 * 2**10, description="Largest body of /feedback.")
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
     max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
     max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
     max_connections: int = Field(1000, gt=0, description="Open connections; further ones are closed.")
     max_image_bytes: Bytes = Field(32 * 2**20, description="Largest encoded picture.")
     max_image_pixels: int = Field(64_000_000, gt=0, description="Most pixels a picture may declare.")
+    max_decoded_bytes: Bytes = Field(
+        2 * 2**30,
+        description="Pixels in memory together, being decoded or waiting; what does not fit waits, what "
+        "never will gets 413.",
+    )
     max_images_per_request: int = Field(64, gt=0, description="Most pictures in one request.")
     max_queued_images: int = Field(256, gt=0, description="Pictures in the house; more are refused with 503.")
     max_top_k: int = Field(100, gt=0, description="Most alternatives a client may ask for.")
@@ -74,6 +85,10 @@ class Settings(BaseSettings):
         description="Pictures with a p-value this low are abstained on; 0: never.",
     )
     max_requests_per_key: int = Field(64, gt=0, description="Requests of one key under way; more get 429.")
+    max_grpc_calls: int = Field(256, gt=0, description="gRPC calls under way; more are refused.")
+    max_history: int = Field(
+        256, gt=0, description="Revisions searched for tasks that the protocol may load again."
+    )
     request_timeout_s: float = Field(30.0, gt=0.0, description="A prediction not answered by then gets 504.")
     max_request_timeout_s: float = Field(
         120.0, gt=0.0, description="Longest that X-Request-Timeout may ask for."
@@ -87,6 +102,9 @@ class Settings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads decoding pictures; 0: one per core, at most 8.")
     torch_threads: int = Field(0, ge=0, description="Threads of one backbone pass on CPU; 0: all cores.")
 
+    loader_niceness: int = Field(
+        10, ge=0, le=19, description="How far registrations leave the processors to answers (Linux)."
+    )
     impact_margin: float = Field(
         DEFAULT_MARGIN, ge=0.0, le=1.0, description="Accuracy another task may lose before a 409."
     )
@@ -106,6 +124,33 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="Memory for CLS vectors of pictures seen before; 0 keeps none."
     )
 
+    metrics_on: Literal["both", "main", "admin", "nothing"] = Field(
+        "both", description="Ports that serve /metrics, where the admin port is one of its own."
+    )
+    metrics_need_key: bool = Field(
+        True, description="Whether /metrics needs scope read, where other routes do; they name the tasks."
+    )
+    otlp_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="Send traces there over OTLP/HTTP, as http://collector:4318."
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0.0, le=1.0, description="Share of requests traced that come without a sampled parent."
+    )
+    max_recent_answers: int = Field(
+        10_000, ge=0, description="Last answers that /feedback may be about, kept without their pictures."
+    )
+    max_tracked_tasks: int = Field(
+        100,
+        gt=0,
+        description="Tasks with counts of their own in /traffic; further ones are counted together.",
+    )
+    drift_window: int = Field(
+        1000, gt=0, description="Pictures of a task after which its test for drift begins anew."
+    )
+    drift_alarm_rate: float = Field(
+        0.001, gt=0.0, lt=1.0, description="Share of windows without drift that may raise an alarm."
+    )
+
     exit_when_dead: bool = Field(
         True, description="End the process when it can answer no more, for a supervisor to start it again."
     )
@@ -114,6 +159,12 @@ class Settings(BaseSettings):
     def hosts(self) -> tuple[str, ...]:
         """Every address that is listened on."""
         return (self.host,) if self.admin_port is None else (self.host, self.admin_host)
+
+    def serves_metrics(self, plane: Plane) -> bool:
+        """Without an admin port the main one has them, unless nothing has."""
+        if self.admin_port is None:
+            return plane == "main" and self.metrics_on != "nothing"
+        return self.metrics_on in ("both", plane)
 
     @property
     def image_limits(self) -> ImageLimits:

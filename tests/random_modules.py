@@ -52,7 +52,6 @@ def random_module(
     head.requires_grad_(False)
     standardisation = Standardisation.fit(cls_ND)
     ridge = LandmarkRidge(
-        landmark_MD=standardisation(cls_ND[rows]),
         kernel_weight_MK=torch.randn(len(rows), num_classes, generator=generator),
         linear_weight_DK=torch.randn(feature_dim, num_classes, generator=generator),
     )
@@ -92,7 +91,6 @@ def without_calibration(module: TaskModule) -> TaskModule:
     }
     ridge = dataclasses.replace(
         module.ridge,
-        landmark_MD=module.ridge.landmark_MD[:0],
         kernel_weight_MK=module.ridge.kernel_weight_MK[:0],
     )
     return dataclasses.replace(with_calibration(module, **empty), ridge=ridge)

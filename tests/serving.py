@@ -25,7 +25,8 @@ class RunningServer:
 
 @contextlib.contextmanager
 def running_server(store_url: str, log: Path, **settings: object) -> Iterator[RunningServer]:
-    """Serve `store_url` on a free loopback port until the block ends; settings become TOSCA_* variables."""
+    """Serve `store_url` on loopback until the block ends, on a free port unless one is set; settings become
+    TOSCA_* variables."""
     command = [Path(sys.executable).with_name("tosca"), "serve"]
     with serving_process(command, store_url, log, **settings) as server:
         yield server
@@ -36,10 +37,8 @@ def serving_process(
     command: Sequence[str | Path], store_url: str, log: Path, **settings: object
 ) -> Iterator[RunningServer]:
     """The same with a command of one's own that reads its settings from the environment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    chosen = {"shutdown_grace_s": 0, **settings, "store": store_url, "port": port}
+    chosen = {"shutdown_grace_s": 0, "port": free_port(), **settings, "store": store_url}
+    port = chosen["port"]
     variables = {f"TOSCA_{name.upper()}": str(value) for name, value in chosen.items()}
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -58,6 +57,14 @@ def serving_process(
         if process.poll() is None:
             process.terminate()
         process.wait(60.0)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _wait_until_ready(

@@ -220,12 +220,25 @@ def test_pages_of_other_sites_cannot_use_a_visitors_open_server(
 
 ROUTES: list[tuple[str, str, Scope]] = [
     ("POST", "/predict", "predict"),
+    ("POST", "/feedback", "predict"),
     ("GET", "/tasks", "read"),
     ("GET", "/tasks/birds", "read"),
+    ("GET", "/traffic", "read"),
+    ("GET", "/metrics", "read"),
     ("POST", "/tasks", "admin"),
     ("DELETE", "/tasks/birds", "admin"),
     ("GET", "/revisions", "admin"),
     ("POST", "/revisions/1/rollback", "admin"),
+    ("GET", "/v2", "read"),
+    ("GET", "/v2/models/birds", "read"),
+    ("GET", "/v2/models/birds/versions/1", "read"),
+    ("GET", "/v2/models/birds/ready", "read"),
+    ("GET", "/v2/models/birds/versions/1/ready", "read"),
+    ("POST", "/v2/models/birds/infer", "predict"),
+    ("POST", "/v2/models/birds/versions/1/infer", "predict"),
+    ("POST", "/v2/repository/index", "read"),
+    ("POST", "/v2/repository/models/birds/load", "admin"),
+    ("POST", "/v2/repository/models/birds/unload", "admin"),
 ]
 
 
@@ -244,10 +257,10 @@ def client(settings: Settings, tiny_backbone: Backbone, make_module: MakeModule)
 
 def test_every_route_but_health_is_in_the_table(client: TestClient) -> None:
     documented = {
-        (method.upper(), path.replace("{task}", "birds").replace("{number}", "1"))
+        (method.upper(), path.format(task="birds", number=1, name="birds", version=1))
         for path, item in client.get("/openapi.json").json()["paths"].items()
         for method in item
-        if not path.startswith("/health")
+        if not path.startswith(("/health", "/v2/health"))
     }
     assert documented == {(method, path) for method, path, _ in ROUTES}
 
@@ -269,12 +282,17 @@ def test_a_route_wants_its_scope(
     right = client.request(method, path, headers=bearer(add_key(keys_file, "app", scope)))
     assert right.status_code not in (401, 403)
     for response in (missing, wrong, lacking):
-        assert response.headers["content-type"] == "application/problem+json"
+        if path.startswith("/v2"):
+            assert response.json().keys() == {"error"}
+        else:
+            assert response.headers["content-type"] == "application/problem+json"
 
 
 def test_health_needs_no_key(client: TestClient) -> None:
     assert client.get("/health/live").status_code == 200
     assert client.get("/health/ready").status_code == 200
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == {"ready": True}
 
 
 def test_a_key_that_crowds_is_told_when_to_come_back_and_others_are_served(
@@ -326,10 +344,15 @@ def test_an_admin_port_takes_the_changes_off_the_main_one(
     with TestClient(planes, base_url="http://testserver:8000") as client:
         admin = "http://testserver:9999"
         for method, path, scope in ROUTES:
+            if path.startswith("/v2"):
+                continue
             here = client.request(method, path, headers=headers).status_code
             there = client.request(method, f"{admin}{path}", headers=headers).status_code
             assert (here in (404, 405)) == (scope == "admin" or path == "/tasks/birds"), (method, path, here)
-            assert (there == 404) == (path in ("/predict", "/tasks/birds")), (method, path, there)
+            assert (there == 404) == (path == "/tasks/birds"), (method, path, there)
+        load = "/v2/repository/models/birds/load"
+        assert client.post(load, headers=headers).json() == {"error": "Not Found"}
+        assert "no task 'birds'" in client.post(f"{admin}{load}", headers=headers).json()["error"]
         added = client.post(f"{admin}/tasks", content=make_module("birds"), headers=headers)
         assert added.status_code == 201
         assert client.get("/tasks", headers=headers).json()["revision"] == added.json()["revision"]

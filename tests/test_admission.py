@@ -5,10 +5,12 @@ import base64
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from pictures import encoded, noise
+from starlette.datastructures import State
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
@@ -23,6 +25,7 @@ from service.errors import BodyTimeout, BodyTooLarge, Overloaded, TooManyRequest
 from service.payloads import decode_base64
 from service.problems import STATUS_OF, problem_of, status_of
 from service.settings import Settings
+from service.shedding import ShedLoad
 
 MakeModule = Callable[..., bytes]
 
@@ -214,6 +217,7 @@ def all_faults(root: type[ToscaError] = ToscaError) -> Iterator[type[ToscaError]
 
 def test_every_fault_a_request_can_meet_has_its_status() -> None:
     not_over_http = {
+        "HubUnavailable",
         "InvalidBackbone",
         "InvalidDataset",
         "InvalidKeys",
@@ -279,11 +283,36 @@ def test_a_deadline_that_has_passed_is_a_504(client: TestClient) -> None:
 def test_a_full_service_refuses_before_it_reads_the_body(client: TestClient) -> None:
     engine = client.app.state.service.engine
     engine._drain.enter(256)
-    response = client.post("/predict", content=b"not even looked at")
+    response = client.post("/predict", content=b"not even looked at", params={"top_k": "neither is this"})
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) >= 1
+    assert response.json()["request_id"] == response.headers["x-request-id"]
+    assert client.get("/predict").status_code == 405
+    assert client.get("/tasks").status_code == 200
     engine._drain.leave(256, is_answered=False)
     assert client.post("/predict", content=encoded(noise())).status_code == 200
+
+
+async def test_a_refusal_asks_neither_for_the_body_nor_for_anything_behind_it() -> None:
+    def check_room() -> None:
+        raise Overloaded("full", retry_after_s=7.0)
+
+    async def untouched(*_: object) -> Message:
+        raise AssertionError("refused before this")
+
+    state = State({"service": SimpleNamespace(engine=SimpleNamespace(check_room=check_room))})
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    await ShedLoad(untouched, state)(scope, untouched, send)
+    assert sent[0]["status"] == 503
+    assert (b"retry-after", b"7") in sent[0]["headers"]
+    assert json.loads(sent[1]["body"])["type"] == "urn:tosca:problem:overloaded"
+    with pytest.raises(AssertionError, match="refused before this"):
+        await ShedLoad(untouched, state)({**scope, "path": "/tasks"}, untouched, send)
 
 
 @pytest.mark.parametrize(

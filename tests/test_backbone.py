@@ -67,6 +67,21 @@ def test_cls_of_a_dinov2_vit_is_that_of_timm(architecture: str) -> None:
     torch.testing.assert_close(cls_BD, timm_cls(artefact, pixels_BCHW, 56), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "architecture", ["deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224", "xcit_nano_12_p16_224"]
+)
+def test_cls_of_other_families_is_that_of_timm(architecture: str) -> None:
+    """A distillation token beside it, rotary positions, attention over channels."""
+    artefact = from_timm(architecture, pretrained=False)
+    pixels_BCHW = random_pixels(1, artefact.manifest.preprocessing.height)
+    preprocessing, model = artefact.manifest.preprocessing, artefact.model()
+    mean, std = (torch.tensor(one).view(3, 1, 1) for one in (preprocessing.mean, preprocessing.std))
+    with torch.inference_mode():
+        expected_BD = model.forward_features((pixels_BCHW / 255 - mean) / std)[:, 0]
+    cls_BD = Backbone.load(artefact, "cpu").embed(pixels_BCHW)
+    torch.testing.assert_close(cls_BD, expected_BD, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_has_the_cls_of_its_pictures_alone(tiny_backbone: Backbone) -> None:
     pixels_BCHW = random_pixels(7, 32)
     alone_BD = torch.cat([tiny_backbone.embed(one[None]) for one in pixels_BCHW])
@@ -102,7 +117,17 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what cannot serve -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "vit_base_patch16_siglip_224", "convnext_tiny"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "resnet18",
+        "vit_base_patch16_siglip_224",
+        "convnext_tiny",
+        "swin_tiny_patch4_window7_224",
+        "crossvit_tiny_240",
+        "volo_d1_224",
+    ],
+)
 def test_a_model_without_a_cls_token_is_refused(architecture: str) -> None:
     with pytest.raises(InvalidBackbone, match=f"'{architecture}' has no CLS token to put a module on"):
         build_model(architecture)

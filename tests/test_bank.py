@@ -19,11 +19,11 @@ from random_modules import (
 )
 
 from model_store.answers import Answer
-from model_store.bank import MAX_BLEND_VECTORS, ModuleBank
+from model_store.bank import ModuleBank
 from model_store.blend import MIN_VECTORS, Blend
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
-from model_store.known_vectors import sample_evidence
+from model_store.known_vectors import MAX_VECTORS, sample_evidence
 from model_store.selection import OUTSIDE_SHARE, PRIOR_IMAGES, SHRINKAGE
 from model_store.task_module import TaskModule
 
@@ -327,8 +327,9 @@ def test_module_logits_weigh_both_experts(luca_weight: float, ridge_weight: floa
     x_BD = random_cls(6)
     unit_BD = (x_BD - module.standardisation.mean_D) * module.standardisation.scale_D
     unit_BD = unit_BD / unit_BD.norm(dim=1, keepdim=True)
+    landmark_MD = module.standardisation(module.calibration.cls_MD.float())
     luca_BK = module.head(module.luca(unit_BD * FEATURE_DIM**0.5))
-    expected_BK = luca_weight * luca_BK + ridge_weight * module.ridge.scores(unit_BD)
+    expected_BK = luca_weight * luca_BK + ridge_weight * module.ridge.scores(unit_BD, landmark_MD)
     torch.testing.assert_close(module.logits(x_BD), expected_BK, rtol=1e-4, atol=1e-5)
 
 
@@ -520,12 +521,11 @@ def test_a_task_without_calibration_vectors_leaves_the_blend_to_the_others() -> 
     assert all(0.0 <= answer.confidence <= 1.0 for answer in bank.answer(near(bank, 10)))
 
 
-@pytest.mark.parametrize("max_vectors", [1, 2, 7, 20, MAX_BLEND_VECTORS])
+@pytest.mark.parametrize("max_vectors", [1, 2, 7, 20, MAX_VECTORS])
 def test_the_blend_is_fitted_on_a_bounded_number_of_vectors(max_vectors: int) -> None:
     bank = build_bank(plenty())
     assert bank.selector is not None
-    num_classes = len(bank.task_of_class_K)
-    evidence = sample_evidence(bank.selector, bank.modules, bank.first_class, num_classes, max_vectors)
+    evidence = sample_evidence(bank.selector, bank.modules, max_vectors)
     size = sum(len(one.label_N) for one in evidence)
     assert 1 <= size <= max_vectors
     assert len(evidence) == min(max_vectors, len(bank)) or max_vectors == 2, "of as many tasks as fit"

@@ -14,7 +14,8 @@ from synthetic import DEMO_PICTURES
 from model_store.backbone import Backbone
 from model_store.module_file import read_module
 from model_store.store import ModelStore, with_task
-from training.features import FeatureCache, extract_features
+from training.feature_cache import FeatureCache
+from training.features import extract_features
 from training.sources import open_source
 from training.trainer import train_task
 

@@ -1,7 +1,9 @@
 """The `tosca` command from end to end, on generated pictures and a tiny untrained backbone."""
 
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from pictures import encoded, noise, write_classes, write_splits
 from PIL import Image
 
 from model_store import commands
+from model_store.module_file import read_module
 from model_store.store import ModelStore
 
 TINY = "vit_tiny_patch16_224"
@@ -316,6 +319,66 @@ def test_publishing_for_another_backbone_is_refused(trained: Tosca) -> None:
     assert_fault(trained("publish", "t.safetensors", "--store", "other"), "module was trained on backbone")
 
 
+def test_pictures_inside_one_file_are_trained_and_evaluated_on(trained: Tosca, tmp_path: Path) -> None:
+    for split, num, seed in (("train", 6, 0), ("test", 3, 500)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            for colour, label in enumerate(("blue", "green", "red")):
+                for i in range(num):
+                    for suffix, data in (("png", encoded(noise(colour, seed + i))), ("cls", label.encode())):
+                        info = tarfile.TarInfo(f"{label}{i}.{suffix}")
+                        info.size = len(data)
+                        archive.addfile(info, io.BytesIO(data))
+    result = trained("train", "--task", "packed", "--data", "train.tar", "--force", "--json")
+    assert (result.code, result.json["pictures"]) == (0, 18)
+    evaluated = trained("evaluate", "--data", "packed=test.tar", "--json")
+    assert evaluated.code == 0 and evaluated.json["tasks"]["packed"]["num_pictures"] == 9
+    assert_fault(trained("train", "--task", "t", "--data", "hf:"), "expected hf:NAME")
+
+
+# -- many tasks --------------------------------------------------------------------------------------
+
+
+def test_many_tasks_are_trained_in_one_run_and_the_next_finds_them_done(
+    trained: Tosca, tmp_path: Path
+) -> None:
+    for i, task in enumerate(("one", "two")):
+        write_classes(tmp_path / "many" / task, 5, labels=(f"{task}-a", f"{task}-b"), seed=100 * i)
+    (tmp_path / "many" / "empty").mkdir()
+    first = trained("train", "--many", "many", "--force", "--json", "--workers", 1)
+    assert first.code == 1 and "empty: many/empty holds no pictures" in first.err
+    empty, one, two = first.json["tasks"]
+    assert (empty["status"], empty["fault"][:10]) == ("failed", "many/empty")
+    assert (one["task"], one["status"], one["revision"], one["pictures"]) == ("one", "trained", 4, 10)
+    assert (two["task"], two["revision"], set(two["metrics"])) == (
+        "two",
+        5,
+        {"accuracy", "ece", "num_held_out"},
+    )
+    (tmp_path / "many" / "empty").rmdir()
+    again = trained("train", "--many", "many", "--force")
+    assert again.code == 0 and "2 tasks in" in again.out and again.out.count("unchanged") == 2
+    assert ModelStore(".tosca/store").head_number() == 5
+
+
+def test_many_tasks_can_be_written_to_a_folder_as_a_list_says(trained: Tosca, tmp_path: Path) -> None:
+    (tmp_path / "tasks.toml").write_text(
+        '[tasks.colours]\ndata = "colours"\nlabel_space = "x"\n[tasks.grey]\ndata = "shades"\n'
+    )
+    result = trained("train", "--many", "tasks.toml", "--output", "files", "--seed", 3)
+    assert result.code == 0 and "files/grey.safetensors" in result.out
+    files = {one.stem: read_module(one.read_bytes()).manifest for one in Path("files").iterdir()}
+    assert {task: one.label_space for task, one in files.items()} == {"colours": "x", "grey": None}
+    assert {one.training["seed"] for one in files.values()} == {3}
+    assert ModelStore(".tosca/store").head_number() == 3, "nothing is published"
+
+
+def test_a_task_or_many_must_be_named_but_not_both(trained: Tosca) -> None:
+    assert_usage(trained("train"), "expected --task with --data, or --many")
+    assert_usage(trained("train", "--data", "colours"), "expected --task with --data, or --many")
+    assert_usage(trained("train", "--many", ".", "--task", "x"), "takes the place of --task and --data")
+    assert_fault(trained("train", "--many", "nowhere"), "expected a folder of tasks or a .toml file")
+
+
 # -- tasks and revisions -----------------------------------------------------------------------------
 
 
@@ -438,7 +501,7 @@ def test_evaluating_names_what_is_wrong(trained: Tosca) -> None:
     ("arguments", "fault"),
     [
         (("fly",), "No such command 'fly'"),
-        (("train", "--data", "x"), "Missing option '--task'"),
+        (("train", "--data", "x"), "expected --task with --data, or --many"),
         (("train", "--task", "t", "--data", "x", "--recipe", "magic"), "expected one of default, reference"),
         (
             ("train", "--task", "t", "--data", "x", "--flow", "magic"),

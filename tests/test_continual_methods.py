@@ -287,7 +287,9 @@ def test_with_the_task_given_luca_and_its_head_answer_alone(trainer: ModuleTrain
     for j, task in enumerate(TASKS):
         module = method.bank.module(task.name)
         out_UD = module.luca_output(task.test_cls_UD)
-        cosine_UK = torch.nn.functional.cosine_similarity(out_UD[:, None], module.head.weight_KD[None], dim=2)
+        cosine_UK = torch.nn.functional.cosine_similarity(
+            out_UD[:, None], module.head.directions()[None], dim=2
+        )
         predictions = method.predict_within(task.test_cls_UD, j)
         assert torch.equal(predictions.label_N, task.label_K[cosine_UK.argmax(dim=1)])
         expected_UK = torch.softmax(float(module.head.scale) * cosine_UK, dim=1).double()

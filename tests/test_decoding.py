@@ -5,7 +5,10 @@ Transparency, animations and further oddities: tests/attacks/test_hostile_pictur
 
 import io
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +239,55 @@ def test_the_limit_holds_for_the_size_in_the_header_and_not_the_reduced_one() ->
     data = encoded(photograph((1600, 1200)), "JPEG")
     with pytest.raises(ImageTooLarge, match="1600×1200 pixels"):
         decode_image(data, ImageLimits(max_pixels=1_000_000), 100)
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def patches(mode: str, size: tuple[int, int] = (2500, 2500)) -> Image.Image:
+    """A picture of patches in a mode: it compresses well, so that the file itself takes no memory."""
+    values = np.random.default_rng(0).integers(0, 256, (size[1] // 50, size[0] // 50, 4), dtype=np.uint8)
+    rgba = Image.fromarray(np.kron(values, np.ones((50, 50, 1), np.uint8)))
+    grey = rgba.convert("L")
+    match mode:
+        case "RGBA":
+            return rgba
+        case "LA":
+            return Image.merge("LA", (grey, grey))
+        case "I;16":
+            return Image.fromarray(np.asarray(grey).astype(np.uint16) * 200)
+        case "I":
+            return Image.fromarray(np.asarray(grey).astype(np.int32) * 200)
+        case _:
+            return rgba.convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "options"),
+    [
+        ("RGB", "JPEG", {"exif": exif(6)}),
+        ("RGB", "JPEG", {"exif": exif(6), "progressive": True, "subsampling": 0}),
+        ("CMYK", "JPEG", {"progressive": True}),
+        ("RGBA", "PNG", {"exif": exif(6)}),
+        ("LA", "PNG", {"exif": exif(6)}),
+        ("P", "PNG", {"transparency": 3}),
+        ("I;16", "PNG", {"exif": exif(6)}),
+        ("RGBA", "WEBP", {"exif": exif(6), "lossless": True, "method": 0}),
+        ("RGB", "WEBP", {"exif": exif(6), "method": 0}),
+        ("P", "GIF", {"transparency": 3}),
+        ("I", "TIFF", {"compression": "tiff_lzw"}),
+        ("LAB", "TIFF", {"compression": "tiff_lzw"}),
+    ],
+)
+def test_decoding_takes_no_more_memory_than_the_header_promises(
+    mode: str, kind: str, options: dict[str, object]
+) -> None:
+    script = Path(__file__).with_name("peak_memory.py")
+    done = subprocess.run(
+        [sys.executable, script],
+        input=encoded(patches(mode), kind, **options),
+        capture_output=True,
+        check=True,
+    )
+    promised, taken = (int(one) for one in done.stdout.split())
+    assert 0.2 * promised < taken <= promised

@@ -166,6 +166,26 @@ async def test_cancelled_request_costs_no_pass(backbone: GatedBackbone, bank: Mo
     assert backbone.batch_sizes == [1, 1]
 
 
+async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
+    backbone: GatedBackbone, bank: ModuleBank
+) -> None:
+    with Engine(backbone, settings()) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await entered(backbone)
+        gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
+        while engine._queue.qsize() < 1:
+            await asyncio.sleep(0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        waiting = engine._queue.get()
+        backbone.gate.set()
+        await first
+        assert waiting is not None and waiting.pixels.numel() == 0
+
+
 async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:
     with Engine(backbone, settings()) as engine:
         with pytest.raises(InvalidImage, match="picture 1"):

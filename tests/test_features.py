@@ -12,7 +12,8 @@ from model_store.backbone import Backbone, BackboneArtefact
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset
 from model_store.preprocess import load_pixels
-from training.features import BATCH_SIZE, FeatureCache, LabelledFeatures, extract_features
+from training.feature_cache import FeatureCache
+from training.features import BATCH_SIZE, LabelledFeatures, extract_features
 from training.sources import open_source
 
 

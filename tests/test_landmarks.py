@@ -81,7 +81,9 @@ def test_scores_equal_the_ridge_regression_with_each_penalty() -> None:
     for fit in fits:
         weights = ridge_weights(numpy_features(x, landmarks), targets_of(label_N.numpy()), fit.penalty)
         expected = numpy_features(query_BD.double().numpy(), landmarks) @ weights
-        np.testing.assert_allclose(fit.expert.scores(query_BD).numpy(), expected, rtol=1e-3, atol=1e-3)
+        np.testing.assert_allclose(
+            fit.expert.scores(query_BD, landmark_MD).numpy(), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 def test_leaving_one_out_equals_fitting_without_it() -> None:
@@ -109,26 +111,29 @@ def test_left_out_scores_do_not_know_their_own_label() -> None:
 def test_separable_classes_score_highest_for_themselves() -> None:
     unit_KD = torch.eye(D)[:K]
     unit_ND = torch.nn.functional.normalize(unit_KD.repeat(8, 1) + 0.01 * torch.randn(8 * K, D), dim=1)
-    fit = fit_one(unit_ND, torch.arange(K).repeat(8), unit_ND[:6])
-    assert fit.expert.scores(unit_ND).argmax(dim=1).tolist() == list(range(K)) * 8
+    landmark_MD = unit_ND[:6]
+    fit = fit_one(unit_ND, torch.arange(K).repeat(8), landmark_MD)
+    assert fit.expert.scores(unit_ND, landmark_MD).argmax(dim=1).tolist() == list(range(K)) * 8
     assert fit.left_out_NK.argmax(dim=1).tolist() == list(range(K)) * 8
 
 
 @pytest.mark.parametrize("num_landmarks", [0, 1])
 def test_few_landmarks_leave_the_linear_part(num_landmarks: int) -> None:
     unit_ND, label_N = unit_vectors()
-    fit = fit_one(unit_ND, label_N, unit_ND[:num_landmarks])
-    assert fit.expert.scores(unit_ND).isfinite().all() and fit.left_out_NK.isfinite().all()
-    assert (fit.expert.scores(unit_ND).argmax(dim=1) == label_N).double().mean() > 0.8
+    landmark_MD = unit_ND[:num_landmarks]
+    fit = fit_one(unit_ND, label_N, landmark_MD)
+    assert fit.expert.scores(unit_ND, landmark_MD).isfinite().all() and fit.left_out_NK.isfinite().all()
+    assert (fit.expert.scores(unit_ND, landmark_MD).argmax(dim=1) == label_N).double().mean() > 0.8
 
 
 def test_equal_landmarks_stay_finite() -> None:
     unit_ND, label_N = unit_vectors()
-    fit = fit_one(unit_ND, label_N, unit_ND[:1].expand(20, -1))
-    assert fit.expert.scores(unit_ND).isfinite().all() and fit.left_out_NK.isfinite().all()
+    landmark_MD = unit_ND[:1].expand(20, -1)
+    fit = fit_one(unit_ND, label_N, landmark_MD)
+    assert fit.expert.scores(unit_ND, landmark_MD).isfinite().all() and fit.left_out_NK.isfinite().all()
 
 
 def test_without_weights_every_class_scores_nothing() -> None:
     unit_ND, _ = unit_vectors()
-    ridge = LandmarkRidge(unit_ND[:4], torch.zeros(4, K), torch.zeros(D, K))
-    assert not ridge.scores(unit_ND).any()
+    ridge = LandmarkRidge(torch.zeros(4, K), torch.zeros(D, K))
+    assert not ridge.scores(unit_ND, unit_ND[:4]).any()

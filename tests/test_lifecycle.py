@@ -1,29 +1,26 @@
 """The end of a process: SIGTERM under load drops nothing, readiness goes first, the exit status is 0."""
 
 import contextlib
-import ipaddress
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from certificates import self_signed
 from pictures import encoded, noise
 from serving import RunningServer, running_server
 
 from model_store.store import ModelStore, with_task
+from service.open_inference import inference_pb2
 
 MakeModule = Callable[..., bytes]
 PICTURE = encoded(noise())
@@ -140,6 +137,49 @@ def test_in_the_grace_period_the_server_is_not_ready_and_answers_on(
     assert "draining" in (tmp_path / "log").read_text()
 
 
+def test_sigterm_under_load_drops_no_grpc_call(store: ModelStore, tmp_path: Path) -> None:
+    """Clients that call while `ServerReady` says so get every answer."""
+    grpc_port = free_port()
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+    contents = inference_pb2.InferTensorContents(bytes_contents=[PICTURE])
+    tensor = inference_pb2.ModelInferRequest.InferInputTensor(
+        name="image", datatype="BYTES", shape=[1], contents=contents
+    )
+    asked = inference_pb2.ModelInferRequest(model_name="tosca", inputs=[tensor])
+
+    def ask() -> None:
+        with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+            infer = channel.unary_unary(
+                "/inference.GRPCInferenceService/ModelInfer",
+                inference_pb2.ModelInferRequest.SerializeToString,
+                inference_pb2.ModelInferResponse.FromString,
+            )
+            while ask_ready(channel).ready:
+                try:
+                    infer(asked, timeout=30.0)
+                    outcome = "OK"
+                except grpc.RpcError as error:
+                    outcome = error.code().name
+                with lock:
+                    outcomes[outcome] += 1
+
+    with running_server(
+        store.url, tmp_path / "log", shutdown_grace_s=1.0, grpc_port=grpc_port, cls_cache_bytes=0
+    ) as server:
+        clients = [threading.Thread(target=ask) for _ in range(6)]
+        for one in clients:
+            one.start()
+        deadline = time.monotonic() + 60.0
+        while outcomes.total() < 60 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        server.process.send_signal(signal.SIGTERM)
+        for one in clients:
+            one.join(60.0)
+        assert server.process.wait(30.0) == 0, (tmp_path / "log").read_text()
+    assert set(outcomes) == {"OK"} and outcomes.total() >= 60, outcomes
+
+
 def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> None:
     with running_server(store.url, tmp_path / "log", audit_log=tmp_path / "audit") as server:
         ids = {"x-request-id": "order-66", "traceparent": f"00-{'4' * 32}-{'5' * 16}-01"}
@@ -156,36 +196,36 @@ def test_every_line_of_the_log_is_json(store: ModelStore, tmp_path: Path) -> Non
     ]
 
 
-def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and its key, PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tosca test")])
-    now = datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .add_extension(address, critical=False)
-        .sign(key, hashes.SHA256())
+def ask_ready(channel: grpc.Channel) -> inference_pb2.ServerReadyResponse:
+    call = channel.unary_unary(
+        "/inference.GRPCInferenceService/ServerReady",
+        inference_pb2.ServerReadyRequest.SerializeToString,
+        inference_pb2.ServerReadyResponse.FromString,
     )
-    paths = folder / "certificate.pem", folder / "key.pem"
-    paths[0].write_bytes(certificate.public_bytes(Encoding.PEM))
-    paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    return paths
+    return call(inference_pb2.ServerReadyRequest(), timeout=30.0)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_with_a_certificate_the_server_speaks_https_and_nothing_else(
     store: ModelStore, tmp_path: Path
 ) -> None:
     certificate, key = self_signed(tmp_path)
-    with running_server(store.url, tmp_path / "log", tls_certificate=certificate, tls_key=key) as server:
+    grpc_port = free_port()
+    settings = {"tls_certificate": certificate, "tls_key": key, "grpc_port": grpc_port}
+    with running_server(store.url, tmp_path / "log", **settings) as server:
         trusted = ssl.create_default_context(cafile=str(certificate))
         answer = httpx.post(f"{server.url}/predict", content=PICTURE, verify=trusted)
         assert answer.status_code == 200
         with pytest.raises(httpx.HTTPError):
             httpx.get(server.url.replace("https", "http") + "/health/live")
+        credentials = grpc.ssl_channel_credentials(certificate.read_bytes())
+        address = f"127.0.0.1:{grpc_port}"
+        with grpc.secure_channel(address, credentials) as safe, grpc.insecure_channel(address) as plain:
+            assert ask_ready(safe).ready
+            with pytest.raises(grpc.RpcError):
+                ask_ready(plain)

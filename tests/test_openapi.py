@@ -10,9 +10,16 @@ from serving import running_server
 
 from model_store.store import ModelStore, with_task
 from service.keys import SCOPES, change_keys, make_key, now_utc
+from service.openapi import openapi_document
 
 TOOL = Path(".tosca/api-tools/bin/schemathesis")
 MAX_EXAMPLES = 60
+
+
+def test_the_document_of_the_repository_is_that_of_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says; `make openapi` writes it anew."""
+    monkeypatch.setenv("TOSCA_ADMIN_PORT", "8001")
+    assert Path("docs/openapi.json").read_text() == openapi_document(), "run `make openapi`"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from model_store.class_means import ClassMeans
 from model_store.errors import InvalidModule
 from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import (
@@ -41,14 +42,18 @@ def queries(num: int = 8, feature_dim: int = D) -> torch.Tensor:
     return 3.0 * torch.randn(num, feature_dim, generator=torch.Generator().manual_seed(5))
 
 
-def fit(cls_ND: torch.Tensor, label_N: torch.Tensor, shrinkage: float = 0.2) -> WhitenedCosine:
-    """From the exact scatter, without the rounding of a module file."""
+def fit(
+    cls_ND: torch.Tensor, label_N: torch.Tensor, shrinkage: float = 0.2, sizes: list[int] | None = None
+) -> WhitenedCosine:
+    """From the exact scatter, without the rounding of a module file; tasks of `sizes` classes, or one."""
     means, scatter = means_and_scatter(cls_ND.double().numpy(), label_N.numpy())
     upper = scatter[np.triu_indices(len(scatter))]
     pooled = PooledStatistics(
         torch.from_numpy(np.rint(upper / SCATTER_RESOLUTION)).long(), len(label_N), len(means)
     )
-    return WhitenedCosine.fit(torch.from_numpy(means), pooled, shrinkage)
+    return WhitenedCosine.fit(
+        ClassMeans.of(torch.from_numpy(means).split(sizes or [len(means)])), pooled, shrinkage
+    )
 
 
 def means_and_scatter(x: Array, labels: Array) -> tuple[Array, Array]:
@@ -215,14 +220,16 @@ def test_removing_a_vector_equals_fitting_without_it(per_class: int, num_classes
     np.testing.assert_allclose(scores_NK.numpy(), np.array(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_scores_of_some_classes_are_those_of_all() -> None:
+def test_scores_of_some_tasks_are_those_of_all() -> None:
     cls_ND, label_N = clusters()
-    discriminant = fit(cls_ND, label_N)
+    discriminant = fit(cls_ND, label_N, sizes=[1, 2, 1])
     rows = (label_N >= 1) & (label_N < 3)
     given = cls_ND[rows], label_N[rows], torch.bincount(label_N)[label_N[rows]]
     all_NK = leave_one_out_scores(discriminant, *given)
-    torch.testing.assert_close(leave_one_out_scores(discriminant, *given, slice(1, 3)), all_NK[:, 1:3])
-    torch.testing.assert_close(discriminant.scores(cls_ND, slice(1, 3)), discriminant.scores(cls_ND)[:, 1:3])
+    torch.testing.assert_close(leave_one_out_scores(discriminant, *given, task=1), all_NK[:, 1:3])
+    all_NK = discriminant.scores(cls_ND)
+    torch.testing.assert_close(discriminant.scores(cls_ND, [1]), all_NK[:, 1:3])
+    torch.testing.assert_close(discriminant.scores(cls_ND, [2, 0]), all_NK[:, [3, 0]])
 
 
 def test_vectors_support_their_own_class_less_once_they_are_left_out() -> None:
@@ -237,7 +244,7 @@ def test_vectors_support_their_own_class_less_once_they_are_left_out() -> None:
 def test_a_scatter_that_is_no_covariance_is_refused() -> None:
     packed_P = torch.tensor([1, 500, 1]) * 2**20
     with pytest.raises(InvalidModule, match="scatter is no covariance"):
-        WhitenedCosine.fit(torch.eye(2), PooledStatistics(packed_P, 10, 2))
+        WhitenedCosine.fit(ClassMeans.of([torch.eye(2)]), PooledStatistics(packed_P, 10, 2))
 
 
 def test_leaving_out_one_of_two_images_stays_finite() -> None:

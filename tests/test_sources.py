@@ -8,7 +8,8 @@ import pytest
 from pictures import write_classes, write_splits
 
 from model_store.errors import InvalidDataset
-from training.sources import SPLITS, PictureSource, open_source
+from training.pictures import SPLITS, PictureSource
+from training.sources import open_source
 
 
 def touch(*paths: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_missing_source_is_named(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     touch(tmp_path / "pictures.zip")
-    with pytest.raises(InvalidDataset, match=r"expected a folder of class folders, a \.csv or a \.parquet"):
+    with pytest.raises(InvalidDataset, match=r"expected a folder of class folders, or a \.csv"):
         open_source(tmp_path / "pictures.zip")
 
 

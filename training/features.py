@@ -6,16 +6,13 @@ file and the backbone's fingerprint, and no epoch and no later training run comp
 # N pictures, D features
 
 import hashlib
-import sqlite3
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,13 +22,15 @@ from model_store.backbone import Backbone
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
 from model_store.preprocess import load_pixels
-from training.sources import PictureSource, Split
+from training.feature_cache import FeatureCache
+from training.pictures import LabelledPicture, PicturePath, PictureSource, Split
 
 BATCH_SIZE = 16  # on the CPU, where larger batches gain nothing
 CUDA_BATCH_SIZE = 128
 # Batches being decoded while one is embedded: a run of large pictures then starves no pass.
 _BATCHES_AHEAD = 2
-_LOOKUP_CHUNK = 500
+# No thread hurries further ahead of another: sources that read forward need not go back.
+_HASHED_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,40 +59,32 @@ class _Picture(NamedTuple):
     fault: str | None
 
 
-class FeatureCache:
-    """CLS vectors by picture hash for one backbone and runtime, in one SQLite file."""
+@dataclass(frozen=True, slots=True)
+class HashedSource:
+    """A source and the SHA-256 of each of its pictures, empty where one cannot be opened."""
 
-    def __init__(self, folder: Path, fingerprint: str, variant: str, feature_dim: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / f"cls-{fingerprint[:16]}-{variant}.sqlite"
-        self._feature_dim = feature_dim
-        with self._connect() as database:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("CREATE TABLE IF NOT EXISTS cls (sha256 TEXT PRIMARY KEY, vector BLOB NOT NULL)")
+    source: PictureSource
+    digests: tuple[str, ...]
+    faults: tuple[str, ...]  # why not, of each; empty where it can
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.path, timeout=60.0)
+    @property
+    def data_sha256(self) -> str:
+        """What `LabelledFeatures` will say when every picture that opens can also be decoded."""
+        return _data_sha256(
+            [pair for pair in zip(self.source.pictures, self.digests, strict=True) if pair[1]]
+        )
 
-    def get(self, digests: Iterable[str]) -> dict[str, Tensor]:
-        wanted = sorted(set(digests))
-        found: dict[str, Tensor] = {}
-        with closing(self._connect()) as database:
-            for start in range(0, len(wanted), _LOOKUP_CHUNK):
-                chunk = wanted[start : start + _LOOKUP_CHUNK]
-                marks = ",".join("?" * len(chunk))
-                query = f"SELECT sha256, vector FROM cls WHERE sha256 IN ({marks})"  # noqa: S608  (only marks)
-                for sha256, blob in database.execute(query, chunk):
-                    vector = np.frombuffer(blob, dtype=np.float32)
-                    if vector.shape == (self._feature_dim,):
-                        found[sha256] = torch.from_numpy(vector.copy())
-        return found
 
-    def put(self, vectors: dict[str, Tensor]) -> None:
-        with closing(self._connect()) as database, database:
-            database.executemany(
-                "INSERT OR REPLACE INTO cls VALUES (?, ?)",
-                [(sha256, vector.numpy().tobytes()) for sha256, vector in vectors.items()],
-            )
+def hash_source(source: PictureSource, num_threads: int = 2) -> HashedSource:
+    """Read every picture of a source once, in its order."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        paths = [one.path for one in source.pictures]
+        found = [
+            one
+            for start in range(0, len(paths), _HASHED_TOGETHER)
+            for one in pool.map(_hash_picture, paths[start : start + _HASHED_TOGETHER])
+        ]
+    return HashedSource(source, tuple(digest for digest, _ in found), tuple(fault for _, fault in found))
 
 
 def extract_features(
@@ -111,66 +102,138 @@ def extract_features(
     Unreadable pictures are listed and left out; more than `max_corrupt_fraction` of them raises
     InvalidDataset.
     """
+    (features,) = extract_each(
+        [hash_source(source, num_threads)],
+        backbone,
+        cache,
+        max_corrupt_fraction=max_corrupt_fraction,
+        limits=limits,
+        num_threads=num_threads,
+        show_progress=show_progress,
+    )
+    if isinstance(features, InvalidDataset):
+        raise features
+    return features
+
+
+def extract_each(
+    sources: Iterable[HashedSource],
+    backbone: Backbone,
+    cache: FeatureCache,
+    *,
+    max_corrupt_fraction: float = 0.05,
+    limits: ImageLimits | None = None,
+    num_threads: int = 2,
+    show_progress: bool = True,
+) -> Iterator[LabelledFeatures | InvalidDataset]:
+    """The features of many sources in one pass, in order, each as soon as its last picture is embedded.
+
+    While one source ends the next is already being decoded, and a picture that several hold is computed
+    once. No batch mixes sources: the vectors of a source are, bit for bit, those of reading it alone. The
+    fault of a source takes its place, and the others go on.
+    """
     limits = limits or ImageLimits()
-    with ThreadPoolExecutor(num_threads) as pool:
-        digests = list(pool.map(_hash_file, [one.path for one in source.pictures]))
-        known = cache.get(digest for digest in digests if digest)
-        to_compute: dict[str, Path] = {}
-        for one, digest in zip(source.pictures, digests, strict=True):
-            if digest and digest not in known:
+    faults: dict[str, str] = {}
+
+    def decode(item: tuple[str, PicturePath]) -> _Picture:
+        sha256, path = item
+        try:
+            return _Picture(sha256, load_pixels(path.read_bytes(), backbone.preprocessing, limits), None)
+        except (InvalidImage, OSError) as error:
+            return _Picture(sha256, None, str(error))
+
+    batch_size = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
+    with ThreadPoolExecutor(num_threads) as pool, _progress(show_progress) as progress:
+        bar = progress.add_task("features", total=0)
+        for batch in _decode_ahead(pool, decode, _plan_batches(sources, cache, batch_size)):
+            wanted, pictures = batch.source, [future.result() for future in batch.pictures]
+            progress.update(
+                bar, description=f"features of {wanted.hashed.source.name}", total=wanted.num_planned
+            )
+            faults |= {one.sha256: one.fault for one in pictures if one.fault is not None}
+            good = [(one.sha256, one.pixels) for one in pictures if one.pixels is not None]
+            if good:
+                cls_BD = backbone.embed(torch.stack([pixels for _, pixels in good])).cpu()
+                fresh = dict(zip([sha256 for sha256, _ in good], cls_BD, strict=True))
+                cache.put(fresh)
+                wanted.known |= fresh
+                wanted.num_computed += len(fresh)
+            progress.advance(bar, len(pictures))
+            if batch.is_last:
+                # What an earlier source was about to compute when this one was planned is there by now.
+                wanted.known |= cache.get(one for one in wanted.hashed.digests if one not in wanted.known)
+                try:
+                    yield _assemble(wanted, faults, max_corrupt_fraction)
+                except InvalidDataset as error:
+                    yield error
+
+
+@dataclass(slots=True)
+class _WantedSource:
+    """A source under way: the vectors at hand, how many were computed, and pictures planned so far."""
+
+    hashed: HashedSource
+    known: dict[str, Tensor]
+    num_planned: int  # of this source and those before it
+    num_computed: int = 0
+
+
+class _Planned(NamedTuple):
+    """A batch that is to be decoded; an empty one ends a source that needs nothing."""
+
+    source: _WantedSource
+    items: list[tuple[str, PicturePath]]
+    is_last: bool
+
+
+class _Decoding(NamedTuple):
+    source: _WantedSource
+    pictures: list[Future[_Picture]]
+    is_last: bool
+
+
+def _plan_batches(
+    sources: Iterable[HashedSource], cache: FeatureCache, batch_size: int
+) -> Iterator[_Planned]:
+    claimed: set[str] = set()
+    num_planned = 0
+    for hashed in sources:
+        known = cache.get(digest for digest in hashed.digests if digest)
+        to_compute: dict[str, PicturePath] = {}
+        for one, digest in zip(hashed.source.pictures, hashed.digests, strict=True):
+            if digest and digest not in known and digest not in claimed:
                 to_compute.setdefault(digest, one.path)
-
-        def decode(item: tuple[str, Path]) -> _Picture:
-            sha256, path = item
-            try:
-                return _Picture(sha256, load_pixels(path.read_bytes(), backbone.preprocessing, limits), None)
-            except (InvalidImage, OSError) as error:
-                return _Picture(sha256, None, str(error))
-
-        faults: dict[str, str] = {}
-        with _progress(show_progress) as progress:
-            bar = progress.add_task(f"features of {source.name}", total=len(to_compute))
-            batch_size = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
-            for batch in _batched(pool, decode, list(to_compute.items()), batch_size):
-                faults |= {one.sha256: one.fault for one in batch if one.fault is not None}
-                good = [(one.sha256, one.pixels) for one in batch if one.pixels is not None]
-                if good:
-                    cls_BD = backbone.embed(torch.stack([pixels for _, pixels in good])).cpu()
-                    fresh = dict(zip([sha256 for sha256, _ in good], cls_BD, strict=True))
-                    cache.put(fresh)
-                    known |= fresh
-                progress.advance(bar, len(batch))
-    return _assemble(source, digests, known, faults, max_corrupt_fraction, len(to_compute) - len(faults))
+        claimed |= to_compute.keys()
+        num_planned += len(to_compute)
+        wanted = _WantedSource(hashed, known, num_planned)
+        items = list(to_compute.items())
+        starts = range(0, len(items), batch_size) or range(1)
+        for start in starts:
+            yield _Planned(wanted, items[start : start + batch_size], start == starts[-1])
 
 
-def _batched(
+def _decode_ahead(
     pool: ThreadPoolExecutor,
-    decode: Callable[[tuple[str, Path]], _Picture],
-    items: Sequence[tuple[str, Path]],
-    batch_size: int,
-) -> Iterator[list[_Picture]]:
-    """Decoded batches, with the next ones already being decoded while this one is embedded."""
-    ahead: deque[list[Future[_Picture]]] = deque()
-    for start in range(0, len(items), batch_size):
-        ahead.append([pool.submit(decode, item) for item in items[start : start + batch_size]])
+    decode: Callable[[tuple[str, PicturePath]], _Picture],
+    planned: Iterable[_Planned],
+) -> Iterator[_Decoding]:
+    """Batches in order, with the next ones already being decoded while one is embedded."""
+    ahead: deque[_Decoding] = deque()
+    for batch in planned:
+        futures = [pool.submit(decode, item) for item in batch.items]
+        ahead.append(_Decoding(batch.source, futures, batch.is_last))
         if len(ahead) > _BATCHES_AHEAD:
-            yield [future.result() for future in ahead.popleft()]
-    while ahead:
-        yield [future.result() for future in ahead.popleft()]
+            yield ahead.popleft()
+    yield from ahead
 
 
-def _assemble(
-    source: PictureSource,
-    digests: list[str],
-    vectors: dict[str, Tensor],
-    faults: dict[str, str],
-    max_corrupt_fraction: float,
-    num_computed: int,
-) -> LabelledFeatures:
-    kept = [(one, digest) for one, digest in zip(source.pictures, digests, strict=True) if digest in vectors]
+def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fraction: float) -> LabelledFeatures:
+    source, vectors = wanted.hashed.source, wanted.known
+    pairs = list(zip(source.pictures, wanted.hashed.digests, strict=True))
+    kept = [(one, digest) for one, digest in pairs if digest in vectors]
     skipped = tuple(
-        f"{one.path}: {faults.get(digest, 'cannot be opened')}"
-        for one, digest in zip(source.pictures, digests, strict=True)
+        f"{one.path}: {fault or faults[digest]}"
+        for (one, digest), fault in zip(pairs, wanted.hashed.faults, strict=True)
         if digest not in vectors
     )
     if len(skipped) > max_corrupt_fraction * len(source.pictures):
@@ -181,26 +244,34 @@ def _assemble(
     if not kept:
         raise InvalidDataset(f"{source.name}: not one picture can be read; first: {skipped[0]}")
     index = {label: i for i, label in enumerate(source.labels)}
-    listing = "\n".join(f"{digest} {one.split} {one.label}" for one, digest in kept)
     return LabelledFeatures(
         name=source.name,
         labels=source.labels,
         cls_ND=torch.stack([vectors[digest] for _, digest in kept]),
         label_N=torch.tensor([index[one.label] for one, _ in kept]),
         splits=tuple(one.split for one, _ in kept),
-        data_sha256=hashlib.sha256(listing.encode()).hexdigest(),
+        data_sha256=_data_sha256(kept),
         skipped=skipped,
-        num_computed=num_computed,
+        num_computed=wanted.num_computed,
     )
 
 
-def _hash_file(path: Path) -> str:
-    """SHA-256 of a file, or an empty string when it cannot be opened."""
+def _data_sha256(pictures: Iterable[tuple[LabelledPicture, str]]) -> str:
+    listing = "\n".join(f"{digest} {one.split} {one.label}" for one, digest in pictures)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _hash_picture(path: PicturePath) -> tuple[str, str]:
+    """(SHA-256 of a picture's bytes, empty when they cannot be had; the reason)"""
     try:
+        if not isinstance(path, Path):
+            return hashlib.sha256(path.read_bytes()).hexdigest(), ""
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest(), ""
     except OSError:
-        return ""
+        return "", "cannot be opened"
+    except InvalidImage as error:
+        return "", str(error)
 
 
 def _progress(show: bool) -> Progress:

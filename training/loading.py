@@ -1,6 +1,7 @@
 """What every training command loads: a store's backbone, and features through the cache."""
 
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,12 +10,17 @@ import typer
 from model_store import backbone_loading
 from model_store.backbone import Backbone
 from model_store.console import err
+from model_store.errors import InvalidDataset
 from model_store.store import ModelStore
-from training.features import FeatureCache, LabelledFeatures, extract_features
-from training.sources import PictureSource
+from training.feature_cache import FeatureCache
+from training.features import HashedSource, LabelledFeatures, extract_each, extract_features, hash_source
+from training.pictures import PictureSource
 
 CacheOption = Annotated[
     Path, typer.Option("--cache", envvar="TOSCA_CACHE", help="Folder of the CLS feature cache.")
+]
+CorruptOption = Annotated[
+    float, typer.Option("--max-corrupt", min=0.0, max=1.0, help="Share of unreadable pictures tolerated.")
 ]
 DEFAULT_CACHE = Path(".tosca/cache")
 DEFAULT_MAX_CORRUPT = 0.05
@@ -29,12 +35,41 @@ def load_features(
     source: PictureSource, backbone: Backbone, cache: Path, max_corrupt: float = DEFAULT_MAX_CORRUPT
 ) -> LabelledFeatures:
     """CLS features of a source, with a progress bar where a person watches."""
-    opened = FeatureCache(cache, backbone.fingerprint, backbone.variant, backbone.feature_dim)
     return extract_features(
         source,
         backbone,
-        opened,
+        _open_cache(cache, backbone),
         max_corrupt_fraction=max_corrupt,
-        num_threads=os.cpu_count() or 1,
+        num_threads=num_threads(),
         show_progress=err.is_terminal,
     )
+
+
+def load_features_of_each(
+    sources: Iterable[HashedSource],
+    backbone: Backbone,
+    cache: Path,
+    max_corrupt: float = DEFAULT_MAX_CORRUPT,
+) -> Iterator[LabelledFeatures | InvalidDataset]:
+    """CLS features of many sources in one pass, as `load_features` gives them one by one."""
+    return extract_each(
+        sources,
+        backbone,
+        _open_cache(cache, backbone),
+        max_corrupt_fraction=max_corrupt,
+        num_threads=num_threads(),
+        show_progress=err.is_terminal,
+    )
+
+
+def load_hashes(source: PictureSource) -> HashedSource:
+    return hash_source(source, num_threads())
+
+
+def num_threads() -> int:
+    """How many cores there are to decode or to train on."""
+    return os.cpu_count() or 1
+
+
+def _open_cache(folder: Path, backbone: Backbone) -> FeatureCache:
+    return FeatureCache(folder, backbone.fingerprint, backbone.variant, backbone.feature_dim)

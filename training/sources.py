@@ -1,54 +1,50 @@
-"""Labelled pictures: an image folder or a manifest, checked before anything is computed.
+"""Labelled pictures: where they come from, found and judged before anything is computed.
 
 Accepted sources:
 
 - `FOLDER/CLASS/*.jpg`                      (all pictures train; the held-out figures are cross-fitted)
 - `FOLDER/{train,val,test}/CLASS/*.jpg`     (`train` required; `val` and `test` optional)
-- a `.csv` or `.parquet` file with columns `path` and `label`, and optionally `split`; relative paths are
-  taken from the manifest's folder
+- a `.csv` file of paths: `manifests`; a `.parquet` file of paths or of pictures: `parquet`
+- a WebDataset `.tar` file, or a folder of them: `webdataset`
+- a folder that `datasets` saved, or `hf:NAME`: `hf_datasets`
 """
 
-import csv
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 from model_store.decoding import IMAGE_SUFFIXES
 from model_store.errors import InvalidDataset
+from training import hf_datasets, webdataset
+from training.manifests import read_csv
+from training.pictures import SPLITS, LabelledPicture, PictureSource, Split, in_order
 
-Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledPicture:
-    path: Path
-    label: str
-    split: Split
+SourceName = str | Path  # as `tosca train --data` takes it
+FILE_SUFFIXES = (".csv", ".parquet", ".tar")
 
 
-@dataclass(frozen=True, slots=True)
-class PictureSource:
-    """Pictures in a fixed order (split, label, path) and the labels in sorted order."""
-
-    name: str
-    pictures: tuple[LabelledPicture, ...]
-    labels: tuple[str, ...]
+def locate(name: str, folder: Path) -> SourceName:
+    """A source as a file in `folder` names it."""
+    return name if name.startswith(hf_datasets.PREFIX) else folder / name
 
 
-def open_source(path: Path, *, min_images_per_class: int = 2, to_train: bool = True) -> PictureSource:
+def open_source(name: SourceName, *, min_images_per_class: int = 2, to_train: bool = True) -> PictureSource:
     """Find the pictures of a source and judge its labels. Raises InvalidDataset.
 
     With `to_train` off, a source may have any split and any number of classes and pictures.
     """
-    if path.is_dir():
-        pictures = _scan_folder(path)
-    elif path.suffix.lower() in (".csv", ".parquet"):
-        pictures = _read_manifest(path)
+    path = Path(name)
+    if str(name).startswith(hf_datasets.PREFIX):
+        pictures = hf_datasets.read_named(str(name))
+    elif path.is_dir():
+        pictures = _read_folder(path)
+    elif path.suffix.lower() in FILE_SUFFIXES and path.is_file():
+        pictures = _read_file(path)
     elif path.exists():
-        raise InvalidDataset(f"{path}: expected a folder of class folders, a .csv or a .parquet manifest")
+        raise InvalidDataset(
+            f"{path}: expected a folder of class folders, or a {', '.join(FILE_SUFFIXES)} file"
+        )
     else:
         raise InvalidDataset(f"{path} does not exist")
     if not pictures:
@@ -56,14 +52,36 @@ def open_source(path: Path, *, min_images_per_class: int = 2, to_train: bool = T
             f"{path} holds no pictures: expected CLASS/*.jpg or {{train,val,test}}/CLASS/*.jpg "
             f"with suffixes {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
-    ordered = tuple(
-        sorted(pictures, key=lambda one: (SPLITS.index(one.split), one.label, one.path.as_posix()))
-    )
-    labels = tuple(sorted({one.label for one in ordered}))
+    labels = tuple(sorted({one.label for one in pictures}))
     _check_spelling(path, labels)
     if to_train:
-        _check_counts(path, ordered, labels, min_images_per_class)
-    return PictureSource(path.stem if path.is_file() else path.resolve().name, ordered, labels)
+        _check_counts(path, pictures, labels, min_images_per_class)
+    return PictureSource(_name_of(name), tuple(pictures), labels)
+
+
+def _name_of(name: SourceName) -> str:
+    path = Path(name)
+    if str(name).startswith(hf_datasets.PREFIX):
+        return str(name)
+    return path.stem if path.is_file() else path.resolve().name
+
+
+def _read_folder(path: Path) -> list[LabelledPicture]:
+    if hf_datasets.is_saved(path):
+        return hf_datasets.read_saved(path)
+    if shards := webdataset.shards_of(path):
+        return webdataset.read_shards(shards)
+    return in_order(_scan_folder(path))
+
+
+def _read_file(path: Path) -> list[LabelledPicture]:
+    if path.suffix.lower() == ".tar":
+        return webdataset.read_shards([path])
+    if path.suffix.lower() == ".csv":
+        return read_csv(path)
+    from training.parquet import read_parquet  # pyarrow takes a moment to import
+
+    return read_parquet(path)
 
 
 def _scan_folder(root: Path) -> list[LabelledPicture]:
@@ -93,50 +111,6 @@ def _scan_folder(root: Path) -> list[LabelledPicture]:
     return pictures
 
 
-def _read_manifest(path: Path) -> list[LabelledPicture]:
-    rows = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
-    pictures = []
-    for number, row in enumerate(rows, start=1):
-        picture_path, label, split = row.get("path"), row.get("label"), row.get("split") or "train"
-        if not picture_path or label is None or not str(label).strip():
-            raise InvalidDataset(f"{path}: row {number} needs a path and a label")
-        if split not in SPLITS:
-            raise InvalidDataset(f"{path}: row {number} has split {split!r}, expected {', '.join(SPLITS)}")
-        pictures.append(LabelledPicture(path.parent / str(picture_path), str(label), split))
-    return pictures
-
-
-def _read_csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            _check_columns(path, reader.fieldnames or [])
-            return list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InvalidDataset(f"{path} is no readable CSV file: {error}") from error
-
-
-def _read_parquet(path: Path) -> list[dict[str, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InvalidDataset(f"{path} is no readable Parquet file: {error}") from error
-    _check_columns(path, table.column_names)
-    wanted = [name for name in ("path", "label", "split") if name in table.column_names]
-    rows: list[dict[str, str]] = table.select(wanted).to_pylist()
-    return rows
-
-
-def _check_columns(path: Path, columns: list[str] | tuple[str, ...] | object) -> None:
-    names = list(columns) if isinstance(columns, list | tuple) else []
-    missing = [name for name in ("path", "label") if name not in names]
-    if missing:
-        raise InvalidDataset(f"{path}: column {missing[0]!r} is missing; it has {', '.join(names) or 'none'}")
-
-
 def _check_spelling(path: Path, labels: tuple[str, ...]) -> None:
     seen: dict[str, str] = {}
     for label in labels:
@@ -149,7 +123,7 @@ def _check_spelling(path: Path, labels: tuple[str, ...]) -> None:
 
 
 def _check_counts(
-    path: Path, pictures: tuple[LabelledPicture, ...], labels: tuple[str, ...], min_images_per_class: int
+    path: Path, pictures: Sequence[LabelledPicture], labels: tuple[str, ...], min_images_per_class: int
 ) -> None:
     counts = Counter(one.label for one in pictures if one.split == "train")
     if not counts:

@@ -132,9 +132,8 @@ def train_task(
     fits = fit_landmark_ridges(reader.unit(cls_ND), label_N, num_classes, landmark_MD)
     if len(val) > 0:
         luca_UK = head(luca(reader.luca_input(features.cls_ND[val])))
-        fits = [
-            replace(fit, left_out_NK=fit.expert.scores(reader.unit(features.cls_ND[val]))) for fit in fits
-        ]
+        unit_UD = reader.unit(features.cls_ND[val])
+        fits = [replace(fit, left_out_NK=fit.expert.scores(unit_UD, landmark_MD)) for fit in fits]
     else:
         luca_UK = cross_fit(reader.luca_input(cls_ND), label_N, num_classes, chosen, seed, flow)[seen_twice_N]
         fits = [replace(fit, left_out_NK=fit.left_out_NK[seen_twice_N]) for fit in fits]

@@ -24,7 +24,7 @@ async def ready(state: State) -> Ready:
     A store that cannot be reached leaves the service ready: it answers with the revision it has, and says
     here that it is stale.
     """
-    if not state.is_ready or not state.engine.is_alive:
+    if not state.accepts:
         raise ShuttingDown("not ready")
     active = state.registry.active
     backbone = state.engine.backbone

@@ -1,18 +1,15 @@
 """POST /predict."""
 
-import time
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from torch import Tensor
 
-from model_store.errors import InvalidRequest
 from model_store.selection import Selection
 from service.admission import deadline_s
 from service.disconnect import ClientLeft, while_connected
-from service.engine import Question
-from service.errors import DeadlineExceeded
 from service.payloads import decode_base64, read_cls, read_pictures
+from service.prediction import Inquiry, Wishes
 from service.routes.state import Predicting, State, problems
 from service.schemas import PredictRequest, PredictResponse
 
@@ -69,38 +66,26 @@ async def predict(
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
     request and nobody else's.
     """
-    started = time.monotonic()
     timeout_s = deadline_s(x_request_timeout, state.settings)
-    state.engine.check_room()  # before a body is read for nothing
-    bank = state.registry.active.bank
+    inquiry = Inquiry.admit(state.engine, state.settings, state.registry.active.bank, timeout_s)
     limit = state.settings.max_images_per_request
     body = await read_pictures(request, limit, state.engine.backbone.feature_dim)
     pictures: list[bytes] | Tensor
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
         coverage = body.coverage or coverage
-        _check_count(len(body.images or body.cls or ()), limit)
+        inquiry.check_count(len(body.images or body.cls or ()))
         if body.images:
             pictures = await decode_base64(body.images, state.settings.max_image_bytes)
         else:
             pictures = read_cls(body, state.engine.backbone)
     else:
-        _check_count(len(body), limit)
         pictures = body
-    if top_k > state.settings.max_top_k:
-        raise InvalidRequest(f"top_k is {top_k}, at most {state.settings.max_top_k} is allowed")
-    left_s = timeout_s - (time.monotonic() - started)
-    if left_s <= 0.0:
-        raise DeadlineExceeded(f"the body took all of the {timeout_s:g} s")
-    question = Question(bank, selection, task, top_k, coverage, state.settings.abstain_level)
+    inquiry.check_top_k(top_k)
+    wishes = Wishes(task, top_k, selection, coverage)
     try:
-        answers = await while_connected(request, state.engine.answer(pictures, question, left_s))
+        answers = await while_connected(request, inquiry.answer(pictures, wishes))
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     cls_of = state.engine.backbone.fingerprint if return_cls else None
     return PredictResponse.of(answers, timings=timings, cls_of=cls_of)
-
-
-def _check_count(num_images: int, limit: int) -> None:
-    if num_images > limit:
-        raise InvalidRequest(f"{num_images} pictures in one request, at most {limit} are allowed")

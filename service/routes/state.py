@@ -11,6 +11,7 @@ from service.access import Access, Caller
 from service.admission import KeyQuota
 from service.engine import Engine
 from service.keys import Scope
+from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
 from service.request_context import current_request
 from service.schemas import ProblemOut
@@ -26,8 +27,14 @@ class ServiceState:
     registry: TaskRegistry
     access: Access
     quota: KeyQuota
+    repository: ModelRepository
     is_ready: bool = False
     is_draining: bool = False
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a load balancer should send requests here."""
+        return self.is_ready and self.engine.is_alive
 
 
 async def get_state(request: Request) -> ServiceState:

@@ -30,7 +30,7 @@ def test_compose_at_hand_accepts_the_file() -> None:
     command = compose_command()
     if command is None:
         pytest.skip("neither `docker compose` nor docker-compose is installed")
-    for profile in ("gpu", "train", "s3"):
+    for profile in ("gpu", "train", "s3", "monitoring"):
         run(*command, "--profile", profile, "config", "--quiet")
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from model_store.backbone import Backbone
 from model_store.console import (
@@ -31,7 +30,7 @@ from training.continual.streams import Order, Stream, read_stream
 from training.continual.table import TABLE_WIDTH, results_table
 from training.continual.tasks import arrange
 from training.loading import DEFAULT_CACHE, CacheOption, load_backbone, load_features
-from training.sources import PictureSource
+from training.pictures import PictureSource
 
 _ALL_METHODS = ",".join(METHODS)
 _PAPER_SEEDS = ",".join(str(seed) for seed in SEEDS)
@@ -267,7 +266,7 @@ def _run(
         options.leave_out,
     )
     results = run_benchmark(plan, results, options.json)
-    Console(width=max(out.width, TABLE_WIDTH)).print(results_table(results))
+    print_table(*results_table(results), min_width=TABLE_WIDTH)
     if options.plots is not None:
         from training.continual.plots import write_plots  # matplotlib takes a second to import
 

@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from model_store.answers import Answer
 from model_store.backbone import BackboneManifest
@@ -153,10 +152,11 @@ class BatchedTosca(Tosca):
         return decide(prob_NC[order_N.argsort()], self.columns, "probability")
 
     def _answer_batch(self, cls_BD: Tensor) -> Tensor:
-        head_CD = torch.cat([F.normalize(one.file.module.head.weight_KD, dim=-1) for one in self._trained])
+        head_CD = torch.cat([one.file.module.head.directions() for one in self._trained])
         best_entropy, best_BC = torch.inf, torch.empty(0)
         for module in (one.file.module for one in self._trained):
-            log_prob_BC = module.log_probs_over(cls_BD, head_CD)
+            cosine_BC = (module.directions(cls_BD) @ head_CD.T).double()
+            log_prob_BC = torch.log_softmax(module.head.scale * cosine_BC, dim=1)
             uncertainty = float(entropy(log_prob_BC).mean())
             if uncertainty < best_entropy:
                 best_entropy, best_BC = uncertainty, log_prob_BC.exp()

@@ -7,7 +7,8 @@ from model_store.decoding import IMAGE_SUFFIXES
 from model_store.errors import InvalidDataset
 from training.continual.streams import Alphabets, Stream, TaskEntry
 from training.demo import write_demo_pictures
-from training.sources import LabelledPicture, PictureSource, Split, open_source
+from training.pictures import LabelledPicture, PictureSource, Split
+from training.sources import open_source
 
 BUILTIN_TRAIN, BUILTIN_TEST = 60, 20  # pictures a class, as the development streams have
 

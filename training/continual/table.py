@@ -1,11 +1,9 @@
 """The summary of a results file for people."""
 
-from rich.table import Column, Table
-
 from training.continual.registry import METHODS
 from training.continual.results import BenchmarkResults
 
-TABLE_WIDTH = 132  # below it the names of methods would be cut
+TABLE_WIDTH = 132  # below it the cells would be broken
 _COLUMNS = (  # title, figure, factor and decimals to show it with
     ("last %", "last_accuracy", 100.0, 1),
     ("avg %", "average_accuracy", 100.0, 1),
@@ -22,10 +20,11 @@ _COLUMNS = (  # title, figure, factor and decimals to show it with
 )
 
 
-def results_table(results: BenchmarkResults) -> Table:
-    """Means over the seeds, with the deviation of the last accuracy; figures nobody has are left out."""
+def results_table(results: BenchmarkResults) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: means over the seeds, with the deviation of the last accuracy. Figures nobody has are
+    left out."""
     columns = [one for one in _COLUMNS if any(one[1] in summary for summary in results.summary.values())]
-    table = Table(Column("method", no_wrap=True), "seeds", *(title for title, *_ in columns), "± last")
+    rows = []
     for method in (name for name in METHODS if name in results.summary):
         summary = results.summary[method]
         last = summary["last_accuracy"]
@@ -33,5 +32,5 @@ def results_table(results: BenchmarkResults) -> Table:
             f"{summary[name].mean * factor:.{digits}f}" if name in summary else "–"
             for _, name, factor, digits in columns
         ]
-        table.add_row(method, str(last.num_seeds), *cells, f"{100.0 * last.deviation:.1f}")
-    return table
+        rows.append([method, str(last.num_seeds), *cells, f"{100.0 * last.deviation:.1f}"])
+    return ["method", "seeds", *(title for title, *_ in columns), "± last"], rows

@@ -11,7 +11,7 @@ from torch import Tensor
 from model_store.errors import InvalidDataset
 from training.continual.streams import Stream
 from training.features import LabelledFeatures
-from training.sources import Split
+from training.pictures import Split
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,288 @@
+"""`tosca train`: one task, or many in one run."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from model_store.console import (
+    DEFAULT_STORE,
+    DeviceOption,
+    JsonOption,
+    RuntimeOption,
+    StoreOption,
+    choose,
+    err,
+    out,
+    print_json,
+    print_table,
+)
+from model_store.errors import InvalidDataset
+from model_store.luca import FLOWS
+from model_store.store import ModelStore
+from training.destinations import Destination, FolderDestination, StoreDestination, write_file
+from training.features import HashedSource, LabelledFeatures
+from training.loading import (
+    DEFAULT_CACHE,
+    DEFAULT_MAX_CORRUPT,
+    CacheOption,
+    CorruptOption,
+    load_backbone,
+    load_features,
+    load_features_of_each,
+    load_hashes,
+    num_threads,
+)
+from training.many import TaskOutcome, train_many
+from training.plans import TaskPlan, read_plans
+from training.recipes import RECIPES
+from training.sources import open_source
+from training.trainer import TrainedTask, check_names, train_task
+from training.workers import Workers
+
+_REPORTS = Path(".tosca/reports")
+
+
+def train(
+    task: Annotated[str | None, typer.Option(help="Name of the task.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Image folder, .csv, .parquet, WebDataset .tar, or hf:NAME.")
+    ] = None,
+    many: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of tasks, or a .toml file that lists them, in place of --task and --data."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that train with --many (default: one a core).")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write the module file here instead of publishing; with --many, a folder."),
+    ] = None,
+    report: Annotated[Path, typer.Option(help="Folder for the report.")] = _REPORTS,
+    recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "default",
+    flow: Annotated[str, typer.Option(help=f"One of: {', '.join(FLOWS)}.")] = "tosca",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    label_space: Annotated[
+        str | None, typer.Option(help="Tasks that name the same space answer together about its labels.")
+    ] = None,
+    abstain_level: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Abstain at or below this p-value, whatever the server's level."),
+    ] = None,
+    min_images: Annotated[int, typer.Option(min=1, help="Training pictures every class needs.")] = 2,
+    max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
+    force: Annotated[
+        bool, typer.Option(help="Publish even if another task loses more than the margin.")
+    ] = False,
+    cache: CacheOption = DEFAULT_CACHE,
+    device: DeviceOption = "auto",
+    runtime: RuntimeOption = "auto",
+    store: StoreOption = DEFAULT_STORE,
+    json: JsonOption = False,
+) -> None:
+    """Train tasks on labelled pictures and publish them into the store.
+
+    With --many every sub-folder is a task. Those that are there already and unchanged are left alone, one
+    that fails does not stop the others, and the exit status is 1 if any failed.
+
+    Example: tosca train --task birds --data pictures/birds
+
+    Example: tosca train --many pictures
+    """
+    like = TaskPlan(
+        task or "",
+        data or "",
+        choose(recipe, RECIPES, "--recipe"),
+        choose(flow, FLOWS, "--flow"),
+        seed,
+        label_space,
+        abstain_level,
+        min_images,
+    )
+    if many is not None:
+        if task is not None or data is not None:
+            raise typer.BadParameter("takes the place of --task and --data", param_hint="--many")
+        plans = read_plans(many, like)
+    elif task is None or data is None:
+        raise typer.BadParameter("expected --task with --data, or --many", param_hint="--task")
+    run = _Run(ModelStore(store), cache, device, runtime, max_corrupt, report, output, force, json)
+    if many is not None:
+        _train_many(plans, run, workers or num_threads())
+    else:
+        _train_one(like, run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Where a run reads and writes."""
+
+    store: ModelStore
+    cache: Path
+    device: str
+    runtime: str
+    max_corrupt: float
+    report: Path
+    output: Path | None
+    force: bool
+    json: bool
+
+
+def _train_one(plan: TaskPlan, run: _Run) -> None:
+    from training.report import write_report  # matplotlib takes a second to import
+
+    source = open_source(plan.data, min_images_per_class=plan.min_images)
+    check_names(plan.task, source.labels, plan.label_space)
+    backbone = load_backbone(run.store, run.device, run.runtime)
+    features = load_features(source, backbone, run.cache, run.max_corrupt)
+    _print_skipped(features.skipped)
+    started = time.monotonic()
+    trained = train_task(
+        plan.task,
+        features,
+        backbone.manifest,
+        recipe=plan.recipe,
+        flow=plan.flow,
+        seed=plan.seed,
+        label_space=plan.label_space,
+        abstain_level=plan.abstain_level,
+    )
+    seconds = time.monotonic() - started
+    page = write_report(trained, run.report)
+    if run.output is not None:
+        kept: dict[str, Any] = {"output": str(write_file(run.output, trained.data))}
+    else:
+        kept = StoreDestination(run.store, force=run.force).keep(plan.task, trained.data)
+    if run.json:
+        print_json(
+            {
+                "report": str(page),
+                "size_bytes": len(trained.data),
+                **kept,
+                "task": plan.task,
+                "seconds": round(seconds, 3),
+                "pictures": len(features.label_N),
+                "features_computed": features.num_computed,
+                "skipped": list(features.skipped),
+                "metrics": trained.manifest.metrics,
+            }
+        )
+        return
+    out.print(
+        f"{plan.task}: {len(features.labels)} classes, {len(features.label_N)} pictures "
+        f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
+        f"held-out {_figures(trained)} ({trained.held_out.evidence})\n"
+        f"report {page}\n"
+        + (f"wrote {run.output}" if run.output else f"published as revision {kept['revision']}")
+    )
+
+
+def _train_many(plans: Sequence[TaskPlan], run: _Run, num_workers: int) -> None:
+    started = time.monotonic()
+    destination: Destination = (
+        FolderDestination(run.output)
+        if run.output is not None
+        else StoreDestination(run.store, force=run.force)
+    )
+    manifest = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
+    outcomes = []
+    with Workers(min(num_workers, len(plans))) as workers:
+        for outcome in train_many(
+            plans,
+            manifest,
+            destination,
+            hash_source=load_hashes,
+            extract_each=partial(_features_of_each, run),
+            report_folder=run.report,
+            workers=workers,
+        ):
+            _print_skipped(outcome.skipped)
+            if outcome.fault is not None:
+                err.print(f"{outcome.task}: {outcome.fault}", style="red")
+            outcomes.append(outcome)
+    seconds = time.monotonic() - started
+    failed = [one.task for one in outcomes if one.status == "failed"]
+    if run.json:
+        print_json({"tasks": [_as_json(one) for one in outcomes], "seconds": round(seconds, 3)})
+    else:
+        print_table(
+            [
+                "task",
+                "status",
+                "classes",
+                "pictures",
+                "new features",
+                "accuracy",
+                "ECE",
+                "trained in",
+                "where",
+            ],
+            (_row(one) for one in outcomes),
+        )
+        out.print(f"{len(outcomes)} tasks in {seconds:.1f} s, {len(failed)} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _features_of_each(
+    run: _Run, sources: Iterator[HashedSource]
+) -> Iterator[LabelledFeatures | InvalidDataset]:
+    """Loads the backbone, which takes seconds, when the first source is there that wants features."""
+    first = next(sources, None)
+    if first is not None:
+        backbone = load_backbone(run.store, run.device, run.runtime)
+        yield from load_features_of_each(chain([first], sources), backbone, run.cache, run.max_corrupt)
+
+
+def _row(outcome: TaskOutcome) -> list[object]:
+    manifest, is_new = outcome.manifest, outcome.status == "trained"
+    metrics = manifest.metrics if manifest else {}
+    where = outcome.kept.get("output") or f"revision {outcome.kept.get('revision')}"
+    return [
+        outcome.task,
+        outcome.status,
+        len(manifest.labels) if manifest else "–",
+        outcome.num_pictures if is_new else "–",
+        *(f"{metrics[name]:.4f}" if name in metrics else "–" for name in ("accuracy", "ece")),
+        where if is_new else "–",
+    ]
+
+
+def _as_json(outcome: TaskOutcome) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "task": outcome.task,
+        "status": outcome.status,
+        "skipped": list(outcome.skipped),
+        **outcome.kept,
+    }
+    if outcome.fault is not None:
+        found["fault"] = outcome.fault
+    if outcome.manifest is not None:
+        found["metrics"] = outcome.manifest.metrics
+    if outcome.status == "trained":
+        found |= {
+            "seconds": round(outcome.seconds, 3),
+            "pictures": outcome.num_pictures,
+            "features_computed": outcome.num_computed,
+            "report": str(outcome.report),
+        }
+    return found
+
+
+def _print_skipped(skipped: Sequence[str]) -> None:
+    for line in skipped:
+        err.print(f"skipped {line}", style="yellow")
+
+
+def _figures(trained: TrainedTask) -> str:
+    return (
+        ", ".join(f"{name} {value:.4g}" for name, value in trained.manifest.metrics.items())
+        or "figures: none"
+    )
