@@ -13,8 +13,9 @@ import typer
 from documents import Block, anchors, blocks, links
 from typer.core import TyperGroup
 
-from website.reference import leaf_commands, settings_page, whole_command
-from website.repository_links import ROOT, documents, is_internal, target_of, with_site_links
+from website.diagrams import DIAGRAMS, draw_all
+from website.reference import commands_page, leaf_commands, settings_page, whole_command
+from website.repository_links import ROOT, documents, is_internal, site_path, target_of, with_site_links
 
 DOCUMENTS = documents()
 _ASSIGNMENT = re.compile(r"[A-Z][A-Z0-9_]*=")
@@ -156,8 +157,6 @@ def test_the_documents_show_most_commands() -> None:
 
 @pytest.mark.parametrize("path", [" ".join(path) for path, _ in leaf_commands(whole_command())])
 def test_the_page_of_commands_describes_every_option(path: str) -> None:
-    from website.reference import commands_page
-
     section = commands_page().split(f"\n## {path}\n")[1].split("\n## ")[0]
     command = next(one for words, one in leaf_commands(whole_command()) if " ".join(words) == path)
     for parameter in command.params:
@@ -180,14 +179,27 @@ def test_every_setting_is_described() -> None:
 # -- the site ----------------------------------------------------------------------------------------
 
 
+def build(project: Path, folder: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=240, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site as `make docs` builds it: any warning of mkdocs, such as a dead link, fails it."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    result = build(ROOT, folder)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
+
+
+def test_a_dead_link_or_anchor_stops_the_build(tmp_path: Path) -> None:
+    """With the site's own settings: `mkdocs --strict --quiet`, for one, lets it pass."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "mkdocs.yml").write_text(f"INHERIT: {ROOT}/mkdocs.yml\nnav: [index.md]\nhooks: []\n")
+    for text, is_sound in (("# A\n[b](#a)", True), ("# A\n[b](no.md)", False), ("# A\n[b](#b)", False)):
+        (tmp_path / "docs" / "index.md").write_text(text)
+        assert (build(tmp_path, tmp_path / "site").returncode == 0) is is_sound, text
 
 
 class _Requests(HTMLParser):
@@ -206,16 +218,9 @@ class _Requests(HTMLParser):
 
 def test_the_site_has_every_document(site: Path) -> None:
     for document in DOCUMENTS:
-        page = {"README.md": "index", "ARCHITECTURE.md": "architecture", "CHANGELOG.md": "changelog"}.get(
-            str(document)
-        )
-        page = page or (
-            "security"
-            if str(document) == "SECURITY.md"
-            else str(document.relative_to("docs").with_suffix(""))
-        )
-        assert (site / f"{page}.html").is_file()
+        assert (site / site_path(document)).with_suffix(".html").is_file()
     assert "TOSCA_ABSTAIN_LEVEL" in (site / "reference/settings.html").read_text()
+    assert "POST /predict" in (site / "reference/http.html").read_text()
 
 
 def test_pages_of_the_site_ask_no_other_host(site: Path) -> None:
@@ -227,3 +232,12 @@ def test_pages_of_the_site_ask_no_other_host(site: Path) -> None:
         assert [one for one in requests.urls if re.match(r"(https?:)?//", one)] == [], page.name
     for sheet in site.rglob("*.css"):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text()), sheet.name
+
+
+def test_the_drawings_are_those_of_the_script(tmp_path: Path) -> None:
+    """By name and size: their numbers may differ in a last digit on another machine."""
+    kept = {path.name: path for path in (ROOT / "docs/figures").glob("method-*.svg")}
+    assert set(kept) == {f"method-{name}.svg" for name in DIAGRAMS}
+    draw_all(tmp_path)
+    for name, path in kept.items():
+        assert (tmp_path / name).stat().st_size == pytest.approx(path.stat().st_size, rel=0.02)

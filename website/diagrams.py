@@ -26,11 +26,14 @@ _CLASS_COLOURS = (CHOICE, MODULE, "#5e35b1")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder: Path = parser.parse_args().folder
-    # The same bytes on every run: no date, no random ids.
-    matplotlib.rcParams.update({"svg.hashsalt": "tosca", "font.size": 9, "font.family": "DejaVu Sans"})
-    for name, draw in DIAGRAMS.items():
-        draw().savefig(folder / f"method-{name}.svg", metadata={"Date": None})
+    draw_all(parser.parse_args().folder)
+
+
+def draw_all(folder: Path) -> None:
+    """Write FOLDER/method-NAME.svg for every diagram; no date, no random ids: always the same bytes."""
+    with matplotlib.rc_context({"svg.hashsalt": "tosca", "font.size": 9, "font.family": "DejaVu Sans"}):
+        for name, draw in DIAGRAMS.items():
+            draw().savefig(folder / f"method-{name}.svg", metadata={"Date": None})
 
 
 # -- from picture to answer, and inside LuCA -------------------------------------------------------------

@@ -148,7 +148,7 @@ def http_page() -> str:
         for method in _METHODS:
             if method in operations:
                 lines += _operation(f"{method.upper()} {path}", operations[method])
-    lines += ["", "# Schemas"]
+    lines += ["", "## Schemas"]
     for name, schema in document["components"]["schemas"].items():
         lines += _schema(name, schema)
     return "\n".join(lines) + "\n"
@@ -179,7 +179,7 @@ def _operation(title: str, operation: dict[str, Any]) -> list[str]:
 
 
 def _schema(name: str, schema: dict[str, Any]) -> list[str]:
-    return ["", f"## {name}", "", schema.get("description", ""), "", *_fields(schema)]
+    return ["", f"### {name}", "", schema.get("description", ""), "", *_fields(schema)]
 
 
 def _fields(schema: dict[str, Any]) -> list[str]:
