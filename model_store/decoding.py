@@ -35,7 +35,7 @@ _MAX_PROFILE_BYTES = 4 * 2**20
 # Most bytes a pixel takes on its way, with every copy that is held at once. tests/test_decoding.py measures
 # that no format takes more.
 _PEAK_BYTES = 17
-_WEBP_PEAK_BYTES = 26  # its decoder keeps two canvases of its own
+_WEBP_PEAK_BYTES = 28  # its decoder keeps two canvases of its own
 # A JPEG in several scans is gathered whole before it is reduced: four channels of 16 bits.
 _JPEG_SCAN_BYTES = 8
 _MAX_TRANSFORMS = 16

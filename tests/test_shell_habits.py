@@ -223,7 +223,7 @@ def test_a_shell_is_given_a_script_that_completes(shell: str, tosca: Tosca) -> N
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [
-        ("tosca re", {"replay", "revisions"}),
+        ("tosca re", {"remote", "replay", "revisions"}),
         ("tosca revisions ", {"list", "rollback"}),
         ("tosca tasks list --js", {"--json"}),
         ("tosca keys rev", {"revoke"}),

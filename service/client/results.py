@@ -116,8 +116,8 @@ class Change:
     published: bool
     harmed: tuple[str, ...]
     impact: tuple[TaskImpact, ...]
-    num_unmeasured: int
     replaced_sha256: str | None = None
+    num_unmeasured: int = 0  # active tasks that the report leaves out
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Change":
