@@ -115,6 +115,7 @@ def test_every_command_of_the_tutorial_prints_what_the_page_shows(clone: Path) -
     assert result.returncode == 0, result.stderr
     for i, (block, shown) in enumerate(pairs):
         output = (clone / f"output.{i}").read_text().replace(f":{port}", f":{PORT_OF_THE_PAGE}")
+        print(f"--- {PAGE}:{block.line}\n{block.text}\n{output}")
         if shown is not None:
             fault = mismatch(shown, output)
             assert fault is None, f"{PAGE}:{block.line}: {fault}"
