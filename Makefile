@@ -6,7 +6,7 @@ PORT ?= 8000
 export TOSCA_STORE ?= .tosca/store
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve stop check format test test-slow test-docker test-api bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring test-browser screenshots browser
+.PHONY: help install demo serve stop check format test test-slow test-docker test-api docs figures bench soak fuzz lock sbom audit protocol openapi constraints clean test-monitoring test-browser screenshots browser
 
 help: ## what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -15,7 +15,7 @@ install: $(VENV)/.installed ## virtual environment with every extra, pinned by c
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,datasets,hub,openvino,tracing,demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,datasets,hub,openvino,tracing,demo,docs,dev]'
 	touch $@
 
 demo: .tosca/demo.done ## default backbone and two demo tasks, trained on real pictures
@@ -35,6 +35,12 @@ check: install ## lint, types, layering
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install ## the documentation site: .tosca/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+figures: install ## draw docs/figures/method-*.svg again
+	$(BIN)/python -m website.diagrams docs/figures
 
 format: install ## rewrite the sources as `make check` wants them
 	$(BIN)/ruff check --fix .
