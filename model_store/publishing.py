@@ -5,6 +5,7 @@ The service and the command line share this path; the service runs it off the re
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -193,6 +194,11 @@ class Publisher:
         files, bank = self._build(revision.tasks, revision.number, previous)
         return ActiveSet(revision, bank, files)
 
+    def _admit_stored(self, sha256: str) -> tuple[ModuleFile, str | None]:
+        """A module of the store, checked, and the trusted signer who vouches for it."""
+        signer = self._signer_of(sha256)
+        return self.admit(self.store.module(sha256)), signer
+
     def _signer_of(self, sha256: str, given: Sequence[Signature] = ()) -> str | None:
         if not self.trust.key_of and not self.trust.is_required:
             return None
@@ -210,13 +216,12 @@ class Publisher:
         if new is not None:
             known[new.file.sha256] = new.file
             signers |= {new.file.sha256: new.signer} if new.signer else {}
-        files = {}
-        for task, sha256 in tasks.items():
-            if sha256 not in known:
-                if (signer := self._signer_of(sha256)) is not None:
-                    signers[sha256] = signer
-                known[sha256] = self.admit(self.store.module(sha256))
-            files[task] = known[sha256]
+        missing = [sha256 for sha256 in tasks.values() if sha256 not in known]
+        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
+            for file, signer in pool.map(self._admit_stored, missing):
+                known[file.sha256] = file
+                signers |= {file.sha256: signer} if signer is not None else {}
+        files = {task: known[sha256] for task, sha256 in tasks.items()}
         for task, file in files.items():
             if file.manifest.task != task:
                 raise CorruptStore(

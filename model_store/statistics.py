@@ -8,6 +8,7 @@ any order, and every replica that pools the same tasks holds the same numbers.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ def packed_size(feature_dim: int) -> int:
     return feature_dim * (feature_dim + 1) // 2
 
 
+@cache
 def _triangle(feature_dim: int) -> tuple[Tensor, Tensor]:
     """Row and column of each entry of the packed upper triangle."""
     row_P, column_P = torch.triu_indices(feature_dim, feature_dim).unbind()
@@ -92,9 +94,10 @@ def fit_class_statistics(cls_ND: Tensor, label_N: Tensor, num_classes: int) -> C
 
 
 def is_covariance(statistics: ClassStatistics) -> bool:
-    """Whether the correlations could be those of real vectors, given how coarsely they are stored."""
+    """Whether the correlations could be those of real vectors, given how coarsely they are stored; float32
+    is a thousand times finer."""
     feature_dim = len(statistics.variance_D)
-    level_P = statistics.correlation_P.double() / _LEVELS
+    level_P = statistics.correlation_P.float() / _LEVELS
     correlation_DD = unpack_symmetric(level_P * level_P.abs(), feature_dim)
     correlation_DD.diagonal().fill_(1.0 + ROUNDING_EIGENVALUE)
     return is_positive_definite(correlation_DD)
