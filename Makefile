@@ -106,18 +106,23 @@ soak: demo ## SOAK_S seconds (600) of churn on the real backbone, SOAK_KILLS (6)
 	.tosca/lock-tools/bin/python -m pip install --quiet pip-tools==7.6.2 cyclonedx-bom==7.5.0 pip-audit==2.10.1
 	touch $@
 
-# torch and torchvision are left out: their CPU and CUDA builds carry the same version and other hashes.
-lock: .tosca/lock-tools/.installed ## rewrite requirements.lock: what the service needs on a CPU, pinned, with hashes
-	CUSTOM_COMPILE_COMMAND="make lock" .tosca/lock-tools/bin/pip-compile --quiet --generate-hashes --strip-extras \
-	  --extra service --extra openvino --constraint constraints.txt --unsafe-package torch --unsafe-package torchvision \
-	  --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate \
-	  --output-file requirements.lock pyproject.toml
+# torch and torchvision are left out but for CUDA: their CPU builds, on another index, carry the same version and
+# other hashes. Settings that could bring a CPU build are set aside for the CUDA list.
+PIP_COMPILE = CUSTOM_COMPILE_COMMAND="make lock" .tosca/lock-tools/bin/pip-compile --quiet --generate-hashes --strip-extras \
+	--constraint constraints.txt --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-annotate
+SERVICE_EXTRAS := --extra service --extra openvino --extra tracing
+WITHOUT_TORCH := --unsafe-package torch --unsafe-package torchvision
+
+lock: .tosca/lock-tools/.installed ## rewrite what the images install, pinned, with hashes: requirements/*.lock
+	$(PIP_COMPILE) $(WITHOUT_TORCH) $(SERVICE_EXTRAS) --output-file requirements/cpu.lock pyproject.toml
+	$(PIP_COMPILE) $(WITHOUT_TORCH) $(SERVICE_EXTRAS) --extra training --extra demo --output-file requirements/trainer.lock pyproject.toml
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(PIP_COMPILE) --allow-unsafe $(SERVICE_EXTRAS) --output-file requirements/cuda.lock pyproject.toml
 
 sbom: install .tosca/lock-tools/.installed ## what is installed, as CycloneDX JSON: .tosca/sbom.cdx.json
 	.tosca/lock-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file .tosca/sbom.cdx.json $(BIN)/python
 
-audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements.lock (asks PyPI's advisory service)
-	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements.lock
+audit: .tosca/lock-tools/.installed ## known vulnerabilities of requirements/cpu.lock (asks PyPI's advisory service)
+	.tosca/lock-tools/bin/pip-audit --require-hashes --disable-pip --requirement requirements/cpu.lock
 
 # Debian's package, unpacked and not installed.
 .tosca/prometheus/.unpacked:

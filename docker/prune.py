@@ -14,8 +14,10 @@ UNUSED = (
     "torch/include",
     "torch/share",
     "torch/test",
-    "torch/bin/protoc*",
+    "torch/bin/[!t]*",  # all but torch_shm_manager, which `import torch` looks for
+    "torch/bin/test_*",
     "torch/lib/*.a",
+    "torch/lib/lib*_test.so",
     "caffe2",
     "functorch/_src/__pycache__",
     "numpy/**/tests",
@@ -32,6 +34,7 @@ UNUSED = (
     "onnx/backend/test",
     "mpmath/tests",
     "onnxruntime/transformers",
+    "onnxruntime/capi/libonnxruntime.so*",  # for C; Python's extension has it all inside
     "openvino/include",
     "openvino/cmake",
     "openvino/libs/cache.json",  # kernels for the GPU plugin

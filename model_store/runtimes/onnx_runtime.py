@@ -7,6 +7,8 @@ from torch import Tensor
 
 from model_store.runtimes.onnx_export import INPUT, OUTPUT
 
+onnxruntime.disable_telemetry_events()  # a serving process tells nobody what it does
+
 
 class OnnxRuntime:
     """An exported backbone in an ONNX Runtime session."""

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE_IMAGE = "python:3.11-slim-bookworm"
 SERVICE_IMAGE = "tosca-serving:local"
 TRAINER_IMAGE = "tosca-trainer:local"
+PROMETHEUS_IMAGE = "tosca-test-prometheus:local"
 
 
 def run(
@@ -45,11 +46,17 @@ def compose_command() -> list[str] | None:
     return None
 
 
+def builder_env() -> dict[str, str]:
+    """An engine without the build component still has the classic builder."""
+    return {"DOCKER_BUILDKIT": "0"} if run("docker", "buildx", "version", check=False).returncode else {}
+
+
 @dataclass
 class Stack:
     pictures: Path
     port: int
     proxy_port: int
+    prometheus_port: int
     project: str = "tosca-test"
     command: list[str] | None = field(default_factory=compose_command)
     figures: list[str] = field(default_factory=list)
@@ -57,11 +64,12 @@ class Stack:
     def compose(self, *arguments: str, timeout_s: float = 300, check: bool = True) -> str:
         assert self.command is not None, "the fixture skips without Compose"
         env = {"TOSCA_PORT": str(self.port), "TOSCA_PROXY_PORT": str(self.proxy_port)}
+        env |= {
+            "TOSCA_PROMETHEUS_PORT": str(self.prometheus_port),
+            "TOSCA_PROMETHEUS_IMAGE": PROMETHEUS_IMAGE,
+        }
         env |= {"TOSCA_PICTURES": str(self.pictures), "TOSCA_BIND": "127.0.0.1"}
-        if run("docker", "buildx", "version", check=False).returncode:
-            env["DOCKER_BUILDKIT"] = (
-                "0"  # an engine without the build component still has the classic builder
-            )
+        env |= builder_env()
         command = [*self.command, "-p", self.project, *arguments]
         return run(*command, timeout_s=timeout_s, check=check, **env).stdout
 

@@ -65,7 +65,7 @@ def stack(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     """The built project under a name of its own; its containers and volumes are gone afterwards."""
     pictures = tmp_path_factory.mktemp("pictures")
     pictures.chmod(0o755)
-    built = Stack(pictures=pictures, port=_free_port(), proxy_port=_free_port())
+    built = Stack(pictures=pictures, port=_free_port(), proxy_port=_free_port(), prometheus_port=_free_port())
     if built.command is None:
         pytest.skip("neither `docker compose` nor docker-compose is installed")
     built.compose("build", "init", "service", timeout_s=1800)
@@ -74,7 +74,9 @@ def stack(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     finally:
         for number, line in enumerate(built.figures, 1):
             print(f"figure {number}: {line}")
-        built.compose("--profile", "s3", "down", "--volumes", "--remove-orphans", check=False)
+        built.compose(
+            "--profile", "s3", "--profile", "monitoring", "down", "--volumes", "--remove-orphans", check=False
+        )
 
 
 def _free_port() -> int:

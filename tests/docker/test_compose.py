@@ -6,10 +6,11 @@ import json
 import random
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from compose_stack import SERVICE_IMAGE, TRAINER_IMAGE, Stack, run
+from compose_stack import PROMETHEUS_IMAGE, SERVICE_IMAGE, TRAINER_IMAGE, Stack, builder_env, run
 from PIL import Image, ImageDraw
 
 MAX_SERVICE_BYTES = 1_600_000_000
@@ -59,6 +60,18 @@ def test_the_service_image_is_small_and_lean(stack: Stack) -> None:
     assert found.strip() == "[] []"
 
 
+def test_what_was_pruned_is_missed_by_nothing(stack: Stack) -> None:
+    """Runtimes, gRPC, traces and metrics load in the image that has none of what prune.py takes away."""
+    script = (
+        "import onnxruntime, openvino, torch, grpc, prometheus_client, opentelemetry.sdk.trace; "
+        "import opentelemetry.exporter.otlp.proto.http.trace_exporter, service.open_inference.inference_pb2; "
+        "print(torch.ones(2, 3).matmul(torch.ones(3)).tolist(), onnxruntime.get_available_providers()[-1], "
+        "'CPU' in openvino.Core().available_devices)"
+    )
+    ran = run("docker", "run", "--rm", "--entrypoint", "python", SERVICE_IMAGE, "-c", script)
+    assert ran.stdout.strip() == "[3.0, 3.0] CPUExecutionProvider True", ran.stderr
+
+
 def test_up_gets_healthy_from_nothing(stack: Stack) -> None:
     started = time.monotonic()
     stack.compose("up", "-d", timeout_s=600)
@@ -82,6 +95,20 @@ def test_it_runs_unprivileged_on_a_read_only_root(stack: Stack) -> None:
 def test_it_predicts_a_demo_picture(stack: Stack, demo_picture: bytes) -> None:
     answer = stack.predict(demo_picture)
     assert (answer["task"], answer["label"]) == ("textiles", "global")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/console/", b"<!doctype html"),
+        ("/metrics", b"tosca_ready 1.0"),
+        ("/v2/health/ready", b"ready"),
+        ("/docs", b"swagger"),
+    ],
+)
+def test_what_the_package_brings_along_is_in_the_image(stack: Stack, path: str, expected: bytes) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{stack.port}{path}", timeout=10) as response:
+        assert expected in response.read()
 
 
 def test_ready_soon_on_an_existing_volume(stack: Stack, demo_picture: bytes) -> None:
@@ -233,6 +260,38 @@ def test_stop_drains_under_load(stack: Stack, demo_picture: bytes) -> None:
     assert code in ("0", "143"), code  # 137 would be a kill after the grace period
     stack.compose("up", "-d")
     stack.wait_ready()
+
+
+def test_prometheus_finds_the_service_and_reads_the_rules(stack: Stack) -> None:
+    """Profile `monitoring` without Grafana, with Debian's Prometheus in the place of its makers' image."""
+    run(
+        "docker",
+        "build",
+        "--tag",
+        PROMETHEUS_IMAGE,
+        "tests/docker/prometheus",
+        timeout_s=600,
+        **builder_env(),
+    )
+    stack.compose("--profile", "monitoring", "up", "-d", "prometheus")
+    stack.wait_ready()
+    query = "/api/v1/query?query=tosca_tasks"
+    for _ in range(120):  # at most a minute: the service is looked up and scraped every few seconds
+        try:
+            _, answer = stack.request("GET", query, port=stack.prometheus_port, timeout_s=5)
+        except OSError:
+            answer = None
+        if answer and answer["data"]["result"]:
+            break
+        time.sleep(0.5)
+    assert answer, stack.compose("logs", "--tail", "40", "prometheus")
+    (series,) = answer["data"]["result"]
+    assert (series["metric"]["job"], series["value"][1]) == ("tosca", str(stack.wait_ready()["num_tasks"]))
+    _, rules = stack.request("GET", "/api/v1/rules", port=stack.prometheus_port)
+    found = [rule for group in rules["data"]["groups"] for rule in group["rules"]]
+    assert found and all(rule["health"] != "err" for rule in found), found
+    stack.note(f"Prometheus scrapes the service; {len(found)} alert rules read")
+    stack.compose("--profile", "monitoring", "stop", "prometheus")
 
 
 def test_two_replicas_share_an_s3_store(stack: Stack, demo_picture: bytes, shapes_module: bytes) -> None:

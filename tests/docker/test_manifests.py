@@ -10,7 +10,7 @@ import yaml
 from compose_stack import ROOT, compose_command, run
 
 TOOLS = ROOT / os.environ.get("TOSCA_DOCKER_TOOLS", ".tosca/docker-tools/bin")
-OVERLAYS = ("base", "overlays/s3", "overlays/gpu")
+OVERLAYS = ("base", "overlays/s3", "overlays/gpu", "overlays/monitoring")
 SETTINGS_PREFIX = "TOSCA_"
 
 
@@ -72,7 +72,11 @@ def manifests(
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
 def test_manifests_fit_kubernetes(manifests: tuple[Path, list[Any]], version: str) -> None:
-    run(tool("kubernetes-validate"), "--strict", "--no-warn", "-k", version, str(manifests[0]))
+    own = manifests[0].with_name(
+        "kubernetes.yaml"
+    )  # Kubernetes has no schema for the Prometheus Operator's kind
+    own.write_text(yaml.safe_dump_all(one for one in manifests[1] if one["kind"] != "ServiceMonitor"))
+    run(tool("kubernetes-validate"), "--strict", "--no-warn", "-k", version, str(own))
 
 
 def test_every_pod_is_restricted(manifests: tuple[Path, list[Any]]) -> None:
@@ -111,6 +115,25 @@ def test_selectors_meet_the_pods(manifests: tuple[Path, list[Any]]) -> None:
         assert by_kind[kind]["spec"]["selector"]["matchLabels"].items() <= labels
     assert by_kind["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"].items() <= labels
     assert by_kind["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == "tosca"
+
+
+def test_the_monitoring_overlay_watches_the_service_and_scales_by_a_metric_that_exists() -> None:
+    if not shutil.which("kubectl"):
+        pytest.skip("kubectl is not installed")
+    rendered = run("kubectl", "kustomize", "deploy/kubernetes/overlays/monitoring").stdout
+    by_kind = {one["kind"]: one for one in yaml.safe_load_all(rendered)}
+    service, monitor = by_kind["Service"], by_kind["ServiceMonitor"]["spec"]
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert {one["port"] for one in monitor["endpoints"]} <= {one["name"] for one in service["spec"]["ports"]}
+    (metric,) = (
+        one["pods"]["metric"]["name"]
+        for one in by_kind["HorizontalPodAutoscaler"]["spec"]["metrics"]
+        if one["type"] == "Pods"
+    )
+    # tests/test_metrics.py holds the document to what is exported.
+    assert f"| `{metric}` | gauge |" in (ROOT / "docs/monitoring.md").read_text()
+    adapter = yaml.safe_load((ROOT / "deploy/kubernetes/prometheus-adapter-values.yaml").read_text())
+    assert [one["seriesQuery"].partition("{")[0] for one in adapter["rules"]["custom"]] == [metric]
 
 
 def test_the_s3_overlay_has_no_volume_claim() -> None:
