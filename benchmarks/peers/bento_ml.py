@@ -17,6 +17,8 @@ from benchmarks.peers.answering import Answering
 from benchmarks.peers.arguments import Arguments, parse
 
 _VARIABLE = "PEER_ARGUMENTS"
+_TRAFFIC = {"timeout": 120, "max_concurrency": 256}
+_QUIET = {"access": {"enabled": False}}
 front = FastAPI()
 
 
@@ -24,7 +26,7 @@ def _arguments() -> Arguments:
     return Arguments(**json.loads(os.environ[_VARIABLE]))
 
 
-@bentoml.service(workers=1, traffic={"timeout": 120, "max_concurrency": 256})
+@bentoml.service(workers=1, traffic=_TRAFFIC, logging=_QUIET)
 class Passes:
     def __init__(self) -> None:
         arguments = _arguments()
@@ -36,7 +38,7 @@ class Passes:
         return self._answering.answer(list(self._decoders.map(self._answering.decode, pictures)))
 
 
-@bentoml.service(workers=1, traffic={"timeout": 120, "max_concurrency": 256})
+@bentoml.service(workers=1, traffic=_TRAFFIC, logging=_QUIET)
 @bentoml.asgi_app(front)
 class Front:
     passes = bentoml.depends(Passes)
