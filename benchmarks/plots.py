@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -35,9 +36,7 @@ def tasks(result: dict[str, Any]) -> Figure:
     for popularity, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=popularity)
     axes.axhline(1.0, color="0.7", linewidth=0.8)
-    axes.set(
-        xscale="log", xlabel="active tasks", ylabel="time of an answer / with one task", ylim=(0.0, None)
-    )
+    axes.set(xscale="log", xlabel="active tasks", ylabel="time of an answer / with one task", ylim=(0.0, 1.4))
     axes.legend(title="popularity of tasks")
     return figure
 
@@ -54,6 +53,11 @@ def serving(result: dict[str, Any]) -> Figure:
             colour = "C0" if server == "tosca" else "0.7"
             throughput.barh(position, images_per_s / summary["backbone_alone_images_per_s"], color=colour)
             latency.barh(position, summary["open_loop_p99_ms"][server], color=colour)
+            refused = summary["open_loop_refused"][server]
+            if refused:
+                latency.text(
+                    summary["open_loop_p99_ms"][server], position, f" {refused} refused", va="center"
+                )
             labels.append((position, f"{NAMES[server]} ({scenario})" if server == "tosca" else NAMES[server]))
             position += 1.0
         position += 0.7
@@ -61,7 +65,9 @@ def serving(result: dict[str, Any]) -> Figure:
     throughput.invert_yaxis()
     throughput.axvline(1.0, color="0.4", linewidth=0.8)
     throughput.set_xlabel("saturated throughput / backbone alone")
-    latency.set(xlabel="p99 at 70 % of saturation (ms, log)", xscale="log")
+    latency.set(xlabel="p99 of answers at 70 % of saturation (ms)", xscale="log")
+    latency.set_xticks(ticks := [100, 200, 500, 1000, 2000], [str(tick) for tick in ticks])
+    latency.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 
