@@ -13,6 +13,7 @@ import model_store.impact
 import model_store.known_vectors
 from model_store.bank import ModuleBank
 from model_store.impact import compare_banks
+from model_store.known_vectors import unseen_scores
 from model_store.screen import SCREEN_ERROR
 from model_store.selection import OUTSIDE_SHARE, SCREENED_SCORE_ERROR
 from model_store.task_module import TaskModule
@@ -151,6 +152,17 @@ def test_calibration_vectors_of_a_screened_bank_do_not_vouch_for_themselves(
             dense.answer_calibration(module.task), sparse.answer_calibration(module.task), strict=True
         ):
             assert answer.task_probability == pytest.approx(expected.task_probability, abs=0.02)
+
+
+@pytest.mark.usefixtures("screened")
+def test_own_classes_are_scored_without_the_vector_even_where_its_task_is_likely() -> None:
+    bank = build_bank(many(spread=1.0))
+    assert bank.selector is not None
+    for t, module in enumerate(bank.modules):
+        score_MK, _ = bank._weighing.weigh_unseen(t, torch.arange(len(module.calibration)))
+        own_MC = score_MK[:, bank.selector.classes(t)]
+        torch.testing.assert_close(own_MC, unseen_scores(bank.selector, module, t, own_classes=True))
+        assert not torch.allclose(own_MC, bank.selector.scores(module.calibration.cls_MD, [t]))
 
 
 @pytest.mark.usefixtures("screened")
