@@ -22,8 +22,8 @@ def machine() -> dict[str, object]:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident memory of a process (Linux)."""
+    """Resident memory of a process (Linux). Raises FileNotFoundError when it has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return 1024 * int(line.split()[1])
-    raise AssertionError("a running process has resident memory")
+    raise FileNotFoundError(f"process {pid} has ended: it has no memory left")

@@ -4,11 +4,11 @@ import hashlib
 import random
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+from benchmarks.machine import resident_bytes
 from benchmarks.soak_record import Acknowledged, Action, Record
 
 SECONDS_BETWEEN_CHANGES = 1.5
@@ -103,7 +103,7 @@ def sample(url: str, record: Record, stop: threading.Event) -> None:
                 continue
             try:
                 response = client.get("/health/live")
-                resident_mb = rss_mb(life.pid)
+                resident_mb = round(resident_bytes(life.pid) / 2**20, 1)
             except (httpx.TransportError, FileNotFoundError) as error:
                 record.no_answer("health check", life, error)
                 continue
@@ -112,11 +112,3 @@ def sample(url: str, record: Record, stop: threading.Event) -> None:
                 life.rss_mb.append(resident_mb)
                 if not response.is_success:
                     record.fail(f"liveness: {response.status_code}")
-
-
-def rss_mb(pid: int) -> float:
-    """Resident memory of a process. Raises FileNotFoundError when it has ended."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return round(int(line.split()[1]) / 1024, 1)
-    raise FileNotFoundError(f"process {pid} has ended: it has no memory left")

@@ -61,7 +61,6 @@ class ModuleBank:
     selector: WhitenedCosine | None
     blend: Blend
     task_of_class_K: Tensor
-    first_class: tuple[int, ...]
     true_probability_N: Tensor  # what calibration vectors, as if unseen, gave their true labels; ascending
     signers: Mapping[str, str]  # trusted signers by SHA-256 of the module
     _index: dict[str, int] = field(repr=False)
@@ -91,12 +90,10 @@ class ModuleBank:
         pooled = _pool(ordered, feature_dim, previous)
         sizes = [len(module.labels) for module in ordered]
         selector = None
-        first_class: tuple[int, ...] = ()
         if ordered:
             means = ClassMeans.of([module.statistics.mean_KD for module in ordered])
             max_dense_classes = MAX_DENSE_CLASSES if device.type == "cpu" else None
             selector = WhitenedCosine.fit(means, pooled, max_dense_classes=max_dense_classes).to(device)
-            first_class = means.first_class
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
@@ -110,7 +107,6 @@ class ModuleBank:
             task_of_class_K=torch.repeat_interleave(
                 torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)
             ).to(device),
-            first_class=first_class,
             true_probability_N=torch.empty(0, dtype=torch.float64, device=device),
             signers=dict(signers or {}),
             _index={module.task: i for i, module in enumerate(ordered)},
@@ -122,6 +118,11 @@ class ModuleBank:
 
     def __contains__(self, task: str) -> bool:
         return task in self._index
+
+    @property
+    def first_class(self) -> tuple[int, ...]:
+        """Where the classes of each task begin among all."""
+        return () if self.selector is None else self.selector.means.first_class
 
     @property
     def is_screened(self) -> bool:

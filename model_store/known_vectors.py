@@ -38,9 +38,7 @@ def unseen_scores(
     rows = torch.arange(len(calibration), device=device) if rows is None else rows
     x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
     if selector.screen is not None and not own_classes:
-        score_NK = selector.screened_scores(x_ND).double()
-        score_NK[:, selector.classes(t)] = unseen_scores(selector, module, t, own_classes=True, rows=rows)
-        return score_NK
+        return _with_own_scores(selector, module, t, rows, selector.screened_scores(x_ND).double())
     task = t if own_classes else None
     count_N = module.statistics.count_K.to(device)[label_N]
     inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
@@ -94,8 +92,17 @@ def _scores_of_samples(
             for t, row_N in zip(tasks, rows, strict=True)
         ]
     x_ND = torch.cat([modules[t].calibration.cls_MD[row_N] for t, row_N in zip(tasks, rows, strict=True)])
-    scores = list(selector.screened_scores(x_ND).split([len(row_N) for row_N in rows]))
-    for t, row_N, score_NK in zip(tasks, rows, scores, strict=True):
-        own_NC = unseen_scores(selector, modules[t], t, own_classes=True, rows=row_N)
-        score_NK[:, selector.classes(t)] = own_NC.float()
-    return scores
+    parts = selector.screened_scores(x_ND).split([len(row_N) for row_N in rows])
+    return [
+        _with_own_scores(selector, modules[t], t, row_N, score_NK)
+        for t, row_N, score_NK in zip(tasks, rows, parts, strict=True)
+    ]
+
+
+def _with_own_scores(
+    selector: WhitenedCosine, module: TaskModule, t: int, rows: Tensor, score_NK: Tensor
+) -> Tensor:
+    """`score_NK` of the screen, in place with what the classes of the vectors' own task `t` make of them."""
+    own_NC = unseen_scores(selector, module, t, own_classes=True, rows=rows)
+    score_NK[:, selector.classes(t)] = own_NC.to(score_NK.dtype)
+    return score_NK

@@ -4,12 +4,12 @@ Taking x out of a class of n images moves the class mean from μ to μ − r/(n�
 all K class means by a K-th of that, and lowers the scatter by n/(n−1)·r·rᵀ. The scores without x follow from
 low-rank updates of those with it, exactly but for the sphere inside the covariance, which stays.
 """
-# N vectors, K classes, C classes asked for, S classes of the vectors, D features, R = min(D, K)
+# N vectors, K classes, C classes asked for, S classes of the vectors, D features
 
 import torch
 from torch import Tensor
 
-from model_store.selection import WhitenedCosine, whitened_cosine
+from model_store.selection import ClassSpan, WhitenedCosine, whitened_cosine
 
 # A vector that is nearly the whole spread along its own residual leaves a singular covariance behind.
 _MIN_REMAINDER = 1e-6
@@ -66,10 +66,10 @@ def leave_one_out_scores(
         + stretch_N * shift_N * (2.0 * along_x_N + shift_N * spread_N)
     )
     inside_N = whole_N
-    if discriminant.gram_root_KK is not None:
+    if discriminant.span is not None:
         inside_N = _inside(
             discriminant,
-            discriminant.gram_root_KK,
+            discriminant.span,
             shifted_ND + shift_N[:, None] * residual_ND,
             residual_ND,
             class_N,
@@ -82,7 +82,7 @@ def leave_one_out_scores(
 
 def _inside(
     discriminant: WhitenedCosine,
-    gram_root_KK: Tensor,
+    span: ClassSpan,
     moved_ND: Tensor,
     residual_ND: Tensor,
     class_N: Tensor,
@@ -98,13 +98,13 @@ def _inside(
     the constant vector, along which G is only its ridge.
     """
     stretch_N = 1.0 + gain_N * spread_N
-    first_NK = residual_ND @ discriminant.span_DR  # L⁻¹u
-    move_NK = (step_N / len(gram_root_KK))[:, None].repeat(1, len(gram_root_KK))
+    first_NK = residual_ND @ span.basis_DK  # L⁻¹u
+    move_NK = (step_N / discriminant.num_classes)[:, None].repeat(1, discriminant.num_classes)
     move_NK[torch.arange(len(class_N), device=class_N.device), class_N] -= step_N
-    second_NK = torch.linalg.solve_triangular(gram_root_KK, move_NK.T, upper=False).T  # L⁻¹b
+    second_NK = torch.linalg.solve_triangular(span.gram_root_KK, move_NK.T, upper=False).T  # L⁻¹b
     along_N = ((moved_ND @ discriminant.precision_DD) * residual_ND).sum(dim=1)
     product_NK = (
-        moved_ND @ discriminant.span_DR
+        moved_ND @ span.basis_DK
         + (gain_N * along_N)[:, None] * first_NK
         + (stretch_N * along_N)[:, None] * second_NK
     )

@@ -4,7 +4,7 @@
 within-class covariance. It needs no training, adds up over tasks and can be taken apart again.
 `entropy`: the published rule — the module whose output is least uncertain — for one image at a time.
 """
-# B batch, N vectors, K all classes, C classes of one task, T tasks, D features, R rank of the class means
+# B batch, N vectors, K all classes, C classes of one task, T tasks, D features
 
 import math
 from collections.abc import Sequence
@@ -36,6 +36,25 @@ MAX_DENSE_CLASSES = 2048
 
 
 @dataclass(frozen=True, slots=True)
+class ClassSpan:
+    """The span of fewer whitened class means than features: S^(−1/2) times a basis of it, and the Cholesky
+    root of the means' Gram matrix, on which the basis rests."""
+
+    basis_DK: Tensor
+    gram_root_KK: Tensor
+
+    @classmethod
+    def fit(cls, whitened_DK: Tensor, root_DD: Tensor) -> "ClassSpan":
+        """From whitened class means and the Cholesky root of the covariance S."""
+        gram_root_KK = _gram_root(whitened_DK)
+        basis_DK = torch.linalg.solve_triangular(gram_root_KK, whitened_DK.T, upper=False).T
+        return cls(torch.linalg.solve_triangular(root_DD.T, basis_DK, upper=True), gram_root_KK)
+
+    def to(self, device: torch.device) -> "ClassSpan":
+        return ClassSpan(self.basis_DK.to(device), self.gram_root_KK.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class WhitenedCosine:
     """Discriminant analysis by angle: cos(x − c, μ_k − c) in the metric of the pooled within-class
     covariance S, with c the mean of all class means.
@@ -57,9 +76,7 @@ class WhitenedCosine:
     centre_D: Tensor
     precision_DD: Tensor
     norm_K: Tensor  # q_k
-    span_DR: Tensor  # S^(−1/2) times a basis of the span of the whitened class means; R = min(D, K)
-    # Cholesky root of the whitened means' Gram matrix, on which the basis rests; None when they span all.
-    gram_root_KK: Tensor | None
+    span: ClassSpan | None  # None when the whitened class means span everything
     outer_weight: float  # weight of one outer product r·rᵀ inside S
 
     @classmethod
@@ -100,18 +117,13 @@ class WhitenedCosine:
                 centre_D=centre_D,
                 precision_DD=precision_DD,
                 norm_K=norm_K,
-                span_DR=torch.linalg.solve_triangular(root_DD.T, eye_DD, upper=True),
-                gram_root_KK=None,
+                span=None,
                 outer_weight=weight,
             )
         mean_KD = means.all()
         centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
         whitened_DK = torch.linalg.solve_triangular(root_DD, offset_KD.T, upper=False)
-        gram_root_KK, basis_DR = None, eye_DD
-        if len(mean_KD) < feature_dim:
-            gram_root_KK = _gram_root(whitened_DK)
-            basis_DR = torch.linalg.solve_triangular(gram_root_KK, whitened_DK.T, upper=False).T
         return cls(
             means=means,
             offset_KD=offset_KD,
@@ -119,8 +131,7 @@ class WhitenedCosine:
             centre_D=centre_D,
             precision_DD=precision_DD,
             norm_K=(whitened_DK**2).sum(dim=0),
-            span_DR=torch.linalg.solve_triangular(root_DD.T, basis_DR, upper=True),
-            gram_root_KK=gram_root_KK,
+            span=ClassSpan.fit(whitened_DK, root_DD) if len(mean_KD) < feature_dim else None,
             outer_weight=weight,
         )
 
@@ -133,8 +144,7 @@ class WhitenedCosine:
             centre_D=self.centre_D.to(device),
             precision_DD=self.precision_DD.to(device),
             norm_K=self.norm_K.to(device),
-            span_DR=self.span_DR.to(device),
-            gram_root_KK=None if self.gram_root_KK is None else self.gram_root_KK.to(device),
+            span=None if self.span is None else self.span.to(device),
         )
 
     @property
@@ -158,8 +168,8 @@ class WhitenedCosine:
         query_BD = shifted_BD @ self.precision_DD
         whole_B = (query_BD * shifted_BD).sum(dim=1)
         inside_B = whole_B
-        if self.gram_root_KK is not None:  # else the class means span everything
-            inside_B = ((shifted_BD @ self.span_DR) ** 2).sum(dim=1)
+        if self.span is not None:
+            inside_B = ((shifted_BD @ self.span.basis_DK) ** 2).sum(dim=1)
         if tasks is None:
             return whitened_cosine(query_BD @ self.offsets().T, self.norm_K, inside_B, whole_B)
         offset_CD = torch.cat([self.centre_D.new_empty(0, len(self.centre_D)), *map(self.offsets, tasks)])

@@ -1,11 +1,12 @@
 """Shared fixtures: a tiny random backbone for speed, the demo store for real pictures and weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from pictures import write_splits
 from synthetic import DEMO_STORE, make_features
 
@@ -14,6 +15,8 @@ from model_store.backbone_sources import from_timm
 from model_store.measuring import Plan, Tuned, tune
 from model_store.parity import LabelledPixels, read_labelled
 from model_store.store import ModelStore
+from service.app import create_app
+from service.settings import Settings
 from training.trainer import train_task
 
 TINY_SIZE = 32
@@ -84,3 +87,14 @@ def make_module(tiny_artefact: BackboneArtefact) -> Callable[..., bytes]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def client(
+    settings: Settings, tiny_backbone: Backbone, make_module: Callable[..., bytes]
+) -> Iterator[TestClient]:
+    """A service with the tasks "birds" and "cars", as a file's own `settings` want it."""
+    with TestClient(create_app(settings, tiny_backbone), raise_server_exceptions=False) as client:
+        for task, seed in (("birds", 1), ("cars", 2)):
+            assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
+        yield client

@@ -1,6 +1,6 @@
 """Prometheus metrics: what is exported, that it counts what happened, and that no label grows without bound."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs/monitoring.md"
 @pytest.fixture
 def settings(tiny_store: ModelStore) -> Settings:
     return Settings(store=tiny_store.url, store_poll_s=0.0)
-
-
-@pytest.fixture
-def client(settings: Settings, tiny_backbone: Backbone, make_module: MakeModule) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, tiny_backbone), raise_server_exceptions=False) as client:
-        for task, seed in (("birds", 1), ("cars", 2)):
-            assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
-        yield client
 
 
 def ask(client: TestClient, seed: int = 0, **query: str) -> None:

@@ -3,7 +3,7 @@
 import base64
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from starlette.testclient import TestClient
 from model_store.backbone import Backbone
 from model_store.preprocess import load_pixels
 from model_store.store import ModelStore
-from service.app import create_app
 from service.settings import Settings
 
 MakeModule = Callable[..., bytes]
@@ -24,14 +23,6 @@ PICTURES = [encoded(noise(colour, seed=colour)) for colour in range(3)]
 @pytest.fixture
 def settings(tiny_store: ModelStore) -> Settings:
     return Settings(store=tiny_store.url, store_poll_s=0.0, max_images_per_request=4, max_json_bytes=2**20)
-
-
-@pytest.fixture
-def client(settings: Settings, tiny_backbone: Backbone, make_module: MakeModule) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, tiny_backbone), raise_server_exceptions=False) as client:
-        for task, seed in (("birds", 1), ("cars", 2)):
-            assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
-        yield client
 
 
 def as_json(pictures: list[bytes], **more: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +32,6 @@ def picture(seed: int = 0, size: tuple[int, int] = (40, 48), kind: str = "PNG") 
 @pytest.fixture
 def settings(tiny_store: ModelStore) -> Settings:
     return Settings(store=tiny_store.url, store_poll_s=0.0, max_images_per_request=8, max_body_bytes=2**20)
-
-
-@pytest.fixture
-def client(settings: Settings, tiny_backbone: Backbone, make_module: MakeModule) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, tiny_backbone), raise_server_exceptions=False) as client:
-        for task, seed in (("birds", 1), ("cars", 2)):
-            assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
-        yield client
 
 
 def test_raw_multipart_and_json_bodies_get_the_same_answer(client: TestClient) -> None:
