@@ -12,6 +12,7 @@ added over the tasks of a label space, and found by the exact search of `model_s
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from model_store.answers import Answer, Choice, Receipt
 from model_store.blend import Blend, Evidence, fit_blend
 from model_store.class_means import ClassMeans
 from model_store.conformal import conformal_p_values, coverage_threshold
+from model_store.epoch import Epoch
 from model_store.errors import InvalidRequest, UnknownTask
 from model_store.joint import MIN_ALTERNATIVE_PROBABILITY, Entry, Found, JointModel, KnownLogits
 from model_store.known_vectors import sample_evidence, unseen_scores
@@ -28,11 +30,12 @@ from model_store.label_spaces import LabelSpaces
 from model_store.published_rule import least_uncertain
 from model_store.selection import (
     MAX_DENSE_CLASSES,
+    Metric,
     Selection,
     WhitenedCosine,
 )
 from model_store.statistics import PooledStatistics
-from model_store.task_module import TaskModule
+from model_store.task_module import ActiveModule, TaskModule
 from model_store.weighing import TaskWeighing
 
 Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
@@ -54,9 +57,10 @@ class ModuleBank:
     revision: int
     backbone_fingerprint: str
     feature_dim: int
-    modules: tuple[TaskModule, ...]
+    modules: tuple[ActiveModule, ...]
     spaces: LabelSpaces
-    pooled: PooledStatistics
+    epoch: Epoch | None
+    pooled: PooledStatistics  # of its tasks, or in an epoch of those that began it
     device: torch.device
     selector: WhitenedCosine | None
     blend: Blend
@@ -64,54 +68,79 @@ class ModuleBank:
     true_probability_N: Tensor  # what calibration vectors, as if unseen, gave their true labels; ascending
     signers: Mapping[str, str]  # trusted signers by SHA-256 of the module
     _index: dict[str, int] = field(repr=False)
-    # Filled when a task first answers: a function of the rest, so that sharing it between threads is safe.
-    _known_vectors: dict[int, _KnownVectors] = field(default_factory=dict, repr=False, compare=False)
+    # Filled when a task first answers, by digest of its module: a function of the rest, so that sharing it
+    # between threads is safe, and in an epoch between banks.
+    _known_vectors: dict[str, _KnownVectors] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
         cls,
-        modules: Iterable[TaskModule],
+        modules: Iterable[ActiveModule],
         *,
         revision: int,
         backbone_fingerprint: str,
         feature_dim: int,
         device: torch.device | str = "cpu",
+        epoch: Epoch | None = None,
         previous: "ModuleBank | None" = None,
+        recall: Callable[[str], TaskModule] | None = None,
         signers: Mapping[str, str] | None = None,
     ) -> "ModuleBank":
         """The bank of `modules`, whose tensors are already on `device`.
 
-        `previous` only saves work: the pooled statistics are then changed by the difference, which is
-        exact, so the bank is the same as one built from nothing.
+        With an `epoch`, what depends on all tasks together is taken from it. `previous` only saves work: the
+        pooled statistics are then changed by the difference, which is exact, so the bank is the same as one
+        built from nothing. `recall` gives modules that are no longer among those of `previous`, by digest.
         """
         device = torch.device(device)
         ordered = tuple(sorted(modules, key=lambda module: module.task))
         assert len({module.task for module in ordered}) == len(ordered), "task names are unique in a revision"
-        pooled = _pool(ordered, feature_dim, previous)
+        is_continued = previous is not None and epoch is not None and previous.epoch is epoch
+        pooled = epoch.pooled if epoch else _pool(ordered, feature_dim, previous, recall)
         sizes = [len(module.labels) for module in ordered]
         selector = None
         if ordered:
-            means = ClassMeans.of([module.statistics.mean_KD for module in ordered])
-            max_dense_classes = MAX_DENSE_CLASSES if device.type == "cpu" else None
-            selector = WhitenedCosine.fit(means, pooled, max_dense_classes=max_dense_classes).to(device)
+            known = previous.selector if previous is not None and is_continued else None
+            sha256s = epoch.sha256s if epoch else None
+            selector = WhitenedCosine.fit(
+                ClassMeans.of([module.mean_KD for module in ordered], [module.sha256 for module in ordered]),
+                known.metric if known else Metric.fit(pooled, feature_dim, sha256s=sha256s),
+                epoch.centre_D if epoch else None,
+                max_dense_classes=MAX_DENSE_CLASSES if device.type == "cpu" else None,
+                previous=known,
+            ).to(device)
+        no_probabilities = torch.empty(0, dtype=torch.float64)
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
             feature_dim=feature_dim,
             modules=ordered,
             spaces=LabelSpaces.arrange(ordered, device),
+            epoch=epoch,
             pooled=pooled,
             device=device,
             selector=selector,
-            blend=Blend(),
+            blend=epoch.blend if epoch else Blend(),
             task_of_class_K=torch.repeat_interleave(
                 torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)
             ).to(device),
-            true_probability_N=torch.empty(0, dtype=torch.float64, device=device),
+            true_probability_N=(epoch.true_probability_N if epoch else no_probabilities).to(device),
             signers=dict(signers or {}),
             _index={module.task: i for i, module in enumerate(ordered)},
+            _known_vectors=dict(previous._known_vectors) if previous is not None and is_continued else {},
         )
-        return bank._calibrated() if ordered else bank
+        return bank._calibrated() if ordered and epoch is None else bank
+
+    def begin_epoch(self) -> Epoch:
+        """What its tasks say together, for the revisions after it. It must be in no epoch itself."""
+        assert self.epoch is None and self.selector is not None, "a bank with tasks, whose own all is"
+        return Epoch(
+            pooled=self.pooled,
+            centre_D=self.selector.centre_D.cpu(),
+            blend=self.blend,
+            true_probability_N=self.true_probability_N.cpu(),
+            sha256s=frozenset(module.sha256 for module in self.modules),
+        )
 
     def __len__(self) -> int:
         return len(self.modules)
@@ -129,7 +158,13 @@ class ModuleBank:
         """Whether there are so many classes that only those that may matter are scored exactly."""
         return self.selector is not None and self.selector.screen is not None
 
-    def module(self, task: str) -> TaskModule:
+    @cached_property
+    def is_deferred(self) -> bool:
+        """Whether answering may have to read a module."""
+        return any(not isinstance(module, TaskModule) for module in self.modules)
+
+    def module(self, task: str) -> ActiveModule:
+        """Raises UnknownTask."""
         return self.modules[self._find(task)]
 
     def _find(self, task: str) -> int:
@@ -229,8 +264,7 @@ class ModuleBank:
 
     def _joint_within(self, t: int) -> JointModel:
         """The joint model of task `t` alone, whatever space it belongs to."""
-        alone = LabelSpaces.alone(t, self.modules[t], len(self.modules), self.device)
-        return replace(self._joint, spaces=alone)
+        return replace(self._joint, spaces=self.spaces.alone(t))
 
     def _p_values(self, score_BK: Tensor, winner_B: Tensor) -> list[float]:
         """How typical each picture is of the task that answers it: conformal, by its best selection score."""
@@ -315,7 +349,7 @@ class ModuleBank:
         """Answers on a task's calibration set or some of its rows, each vector treated as unseen by its own
         task."""
         t = self._find(task)
-        calibration = self.modules[t].calibration
+        calibration = self.modules[t].whole().calibration
         row_M = torch.arange(len(calibration), device=self.device) if row_M is None else row_M
         score_MK, log_task_MT = self._weighing.weigh_unseen(t, row_M)
         known = KnownLogits(t, calibration.held_out_logits_MK[row_M])
@@ -340,7 +374,7 @@ class ModuleBank:
         """[N] joint probability that the bank gives the true label of vectors as if unseen."""
         t = evidence.task
         space = self.spaces.of_task(t)
-        cls_ND = self.modules[t].calibration.cls_MD[evidence.row_N].float()
+        cls_ND = self.modules[t].whole().calibration.cls_MD[evidence.row_N].float()
         prob_NL, _ = self._joint.label_probs(
             space, cls_ND, evidence.score_NK, log_task_NT, KnownLogits(t, evidence.logits_NC)
         )
@@ -349,23 +383,39 @@ class ModuleBank:
 
     @torch.inference_mode()
     def _known_vectors_of(self, t: int) -> _KnownVectors:
-        if t not in self._known_vectors:
-            calibration = self.modules[t].calibration
+        sha256 = self.modules[t].sha256
+        if sha256 not in self._known_vectors:
+            module = self.modules[t].whole()
+            calibration = module.calibration
             assert self.selector is not None, "a bank with tasks has a selector"
-            score_MC = unseen_scores(self.selector, self.modules[t], t, own_classes=True)
+            score_MC = unseen_scores(self.selector, module, t, own_classes=True)
             log_class_MC = self.blend.class_log_probs(calibration.held_out_logits_MK, score_MC)
             true_probability_M = log_class_MC.gather(1, calibration.label_M[:, None]).squeeze(1).exp()
-            self._known_vectors[t] = _KnownVectors(
+            self._known_vectors[sha256] = _KnownVectors(
                 score_MC.amax(dim=1).sort().values, true_probability_M.sort().values
             )
-        return self._known_vectors[t]
+        return self._known_vectors[sha256]
 
 
-def _pool(modules: tuple[TaskModule, ...], feature_dim: int, previous: ModuleBank | None) -> PooledStatistics:
+def _pool(
+    modules: tuple[ActiveModule, ...],
+    feature_dim: int,
+    previous: ModuleBank | None,
+    recall: Callable[[str], TaskModule] | None,
+) -> PooledStatistics:
+    """The exact sums over modules, by what differs from those that `previous` is pooled over."""
     if previous is None:
-        return PooledStatistics.empty(feature_dim).add(module.statistics for module in modules)
+        return PooledStatistics.empty(feature_dim).add(module.whole().statistics for module in modules)
     before = {module.sha256: module for module in previous.modules}
+    pooled_over = set(before) if previous.epoch is None else previous.epoch.sha256s
     after = {module.sha256: module for module in modules}
-    added = [module.statistics for sha256, module in after.items() if sha256 not in before]
-    removed = [module.statistics for sha256, module in before.items() if sha256 not in after]
+
+    def gone(sha256: str) -> TaskModule:
+        if sha256 in before:
+            return before[sha256].whole()
+        assert recall is not None, "modules that an epoch began with and that are gone must be recalled"
+        return recall(sha256)
+
+    added = (module.whole().statistics for sha256, module in after.items() if sha256 not in pooled_over)
+    removed = (gone(sha256).statistics for sha256 in sorted(pooled_over - after.keys()))
     return previous.pooled.add(added).remove(removed)

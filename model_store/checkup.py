@@ -19,8 +19,9 @@ import torch
 from model_store.backbone import resolve_device
 from model_store.errors import ToscaError
 from model_store.module_file import check_module, read_module
+from model_store.revision import Revision
 from model_store.runtimes.runtime import KINDS, default_runtime, runtime_kind
-from model_store.store import ModelStore, Revision
+from model_store.store import ModelStore
 from model_store.tuning import hardware_name
 
 # ok: as it should be; note: worth knowing; warning: works, but not as well as it could; broken: does not work

@@ -33,8 +33,9 @@ from model_store.errors import InvalidBackbone, ToscaError
 from model_store.hub_commands import pull, push
 from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
+from model_store.revision import Revision
 from model_store.sign_commands import read_signature, sign
-from model_store.store import ModelStore, Revision, without_task
+from model_store.store import ModelStore, without_task
 from model_store.tune_command import backbone_tune
 
 _HELP = """Serve one frozen vision backbone with many small image-classification tasks.

@@ -13,7 +13,11 @@ from model_store.calibration import expected_calibration_error
 from model_store.known_vectors import pick_rows
 
 MAX_TASKS = 16  # measured for one report
-MAX_VECTORS = 32  # of one task, where classes are screened
+# Of one task, where classes are screened; and no more of all than these scores, vectors times classes, but
+# for MIN_VECTORS of each.
+MAX_VECTORS = 32
+MAX_SCORES = 2**26
+MIN_VECTORS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,12 @@ class ImpactReport:
 
 
 def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
-    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on
-    MAX_VECTORS of it where very many classes make each of them dear."""
-    module = bank.module(task)
+    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on some
+    of it where very many classes make each vector dear."""
+    module = bank.module(task).whole()
     if len(module.calibration) == 0:
         return TaskHealth(0.0, 0.0, 0.0, 0)
-    row_M = pick_rows(module, MAX_VECTORS if bank.is_screened else len(module.calibration))
+    row_M = pick_rows(module, _num_vectors(bank) if bank.is_screened else len(module.calibration))
     answers = bank.answer_calibration(task, row_M)
     true_labels = [module.labels[k] for k in module.calibration.label_M[row_M].tolist()]
     right_task = [bank.answers_for(answer, task) for answer in answers]
@@ -76,6 +80,11 @@ def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
         ece=expected_calibration_error(confidence_M, torch.tensor(right)),
         num_vectors=len(answers),
     )
+
+
+def _num_vectors(bank: ModuleBank) -> int:
+    affordable = MAX_SCORES // (MAX_TASKS * len(bank.task_of_class_K))
+    return min(MAX_VECTORS, max(MIN_VECTORS, affordable))
 
 
 def compare_banks(

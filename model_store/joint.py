@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model_store.blend import Blend
 from model_store.label_spaces import LabelSpace, LabelSpaces
-from model_store.task_module import TaskModule
+from model_store.task_module import ActiveModule
 
 # Alternatives less likely than this are not listed, so that a long list never forces every module to run.
 MIN_ALTERNATIVE_PROBABILITY = 1e-3
@@ -49,7 +49,7 @@ class Found:
 class JointModel:
     """P(task, label | x) of a set of tasks, from closed-form scores and from their modules."""
 
-    modules: tuple[TaskModule, ...]
+    modules: tuple[ActiveModule, ...]
     spaces: LabelSpaces
     first_class: tuple[int, ...]
     blend: Blend
@@ -71,7 +71,10 @@ class JointModel:
         best_NL = log_task_NT.new_full(prob_NL.shape, -1.0)
         task_NL = torch.full(prob_NL.shape, space.members[0], device=prob_NL.device)
         for t, position_C in zip(space.members, space.position_C, strict=True):
-            logits_NC = known.logits_BK if known and known.task == t else self.modules[t].logits(cls_ND)
+            if known is not None and known.task == t:
+                logits_NC = known.logits_BK
+            else:
+                logits_NC = self.modules[t].whole().logits(cls_ND)
             log_class_NC = self.blend.class_log_probs(logits_NC, score_NK[:, self.classes(t)])
             joint_NC = (log_class_NC + log_task_NT[:, t, None]).exp()
             if len(space.members) == 1:

@@ -9,14 +9,16 @@ from torch import Tensor
 from model_store.blend import Evidence
 from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import WhitenedCosine
-from model_store.task_module import TaskModule
+from model_store.task_module import ActiveModule, TaskModule
 
 # Evidence is bounded, so that a further task costs the same however many there are: vectors, tasks they are
-# taken from, and scores (vectors times classes), of which a few hundred vectors' worth are always taken.
+# taken from, and scores (vectors times classes). A few hundred vectors' worth of scores are always taken, but
+# for sets so large that those would not fit into memory.
 MAX_VECTORS = 4096
 MAX_TASKS = 64
 MAX_SCORES = 2**22
 MIN_VECTORS = 256
+MEMORY_SCORES = 2**26
 
 
 def unseen_scores(
@@ -47,31 +49,41 @@ def unseen_scores(
     if not bool(inside_N.all()):
         score_NC[~inside_N] = selector.scores(x_ND[~inside_N], None if task is None else [task])
     class_N = label_N[inside_N] + selector.means.first_class[t]
-    score_NC[inside_N] = leave_one_out_scores(selector, x_ND[inside_N], class_N, count_N[inside_N], task)
+    score_NC[inside_N] = leave_one_out_scores(
+        selector,
+        x_ND[inside_N],
+        class_N,
+        count_N[inside_N],
+        task,
+        in_metric=selector.metric.knows(module.sha256),
+    )
     return score_NC
 
 
 def sample_evidence(
-    selector: WhitenedCosine, modules: Sequence[TaskModule], max_vectors: int = MAX_VECTORS
+    selector: WhitenedCosine, modules: Sequence[ActiveModule], max_vectors: int = MAX_VECTORS
 ) -> list[Evidence]:
     """Calibration vectors of tasks as if unseen, at most `max_vectors` together and fewer with very many
     classes, evenly over the tasks; with more than MAX_TASKS tasks, of every so-manieth."""
-    max_vectors = min(max_vectors, max(MIN_VECTORS, MAX_SCORES // selector.num_classes))
+    num_classes = selector.num_classes
+    max_vectors = min(max_vectors, max(MIN_VECTORS, MAX_SCORES // num_classes))
+    max_vectors = min(max_vectors, max(MAX_TASKS, MEMORY_SCORES // num_classes))
     step = -(-len(modules) // min(max_vectors, MAX_TASKS))
     tasks = range(0, len(modules), step)
     quota = max(1, max_vectors // len(tasks))
-    rows = [pick_rows(modules[t], quota) for t in tasks]
-    scores = _scores_of_samples(selector, modules, tasks, rows)
+    sampled = [modules[t].whole() for t in tasks]
+    rows = [pick_rows(module, quota) for module in sampled]
+    scores = _scores_of_samples(selector, sampled, tasks, rows)
     return [
         Evidence(
             task=t,
             row_N=row_N,
-            label_N=modules[t].calibration.label_M[row_N],
+            label_N=module.calibration.label_M[row_N],
             score_NK=score_NK,
-            logits_NC=modules[t].calibration.held_out_logits_MK[row_N],
+            logits_NC=module.calibration.held_out_logits_MK[row_N],
             first_class=selector.means.first_class[t],
         )
-        for t, row_N, score_NK in zip(tasks, rows, scores, strict=True)
+        for t, module, row_N, score_NK in zip(tasks, sampled, rows, scores, strict=True)
     ]
 
 
@@ -83,19 +95,19 @@ def pick_rows(module: TaskModule, quota: int) -> Tensor:
 
 
 def _scores_of_samples(
-    selector: WhitenedCosine, modules: Sequence[TaskModule], tasks: Sequence[int], rows: Sequence[Tensor]
+    selector: WhitenedCosine, sampled: Sequence[TaskModule], tasks: Sequence[int], rows: Sequence[Tensor]
 ) -> list[Tensor]:
     """[N, K] scores as if unseen for each task; where classes are screened, float32 and in one product."""
     if selector.screen is None:
         return [
-            unseen_scores(selector, modules[t], t, own_classes=False, rows=row_N)
-            for t, row_N in zip(tasks, rows, strict=True)
+            unseen_scores(selector, module, t, own_classes=False, rows=row_N)
+            for t, module, row_N in zip(tasks, sampled, rows, strict=True)
         ]
-    x_ND = torch.cat([modules[t].calibration.cls_MD[row_N] for t, row_N in zip(tasks, rows, strict=True)])
+    x_ND = torch.cat([module.calibration.cls_MD[row_N] for module, row_N in zip(sampled, rows, strict=True)])
     parts = selector.screened_scores(x_ND).split([len(row_N) for row_N in rows])
     return [
-        _with_own_scores(selector, modules[t], t, row_N, score_NK)
-        for t, row_N, score_NK in zip(tasks, rows, parts, strict=True)
+        _with_own_scores(selector, module, t, row_N, score_NK)
+        for t, module, row_N, score_NK in zip(tasks, sampled, rows, parts, strict=True)
     ]
 
 

@@ -1,13 +1,13 @@
 """Label spaces: tasks that declare the same one answer together about the same labels."""
 # B batch, K classes of all tasks, L labels of one space, C classes of one task, T tasks, S spaces
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model_store.task_module import TaskModule
+from model_store.task_module import ActiveModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,46 +22,63 @@ class LabelSpace:
 
 @dataclass(frozen=True, slots=True)
 class LabelSpaces:
-    """All label spaces of a bank, in order of their first task."""
+    """All label spaces of a bank, in order of their first task. Only those of several tasks are kept as
+    such, for nearly all tasks are alone in theirs."""
 
-    spaces: tuple[LabelSpace, ...]
+    modules: tuple[ActiveModule, ...]
+    first_task: tuple[int, ...]  # of each space
+    shared: Mapping[int, LabelSpace]  # by number of the space
     space_of_task_T: Tensor
     num_labels_S: Tensor
 
     @classmethod
-    def arrange(cls, modules: Sequence[TaskModule], device: torch.device) -> "LabelSpaces":
+    def arrange(cls, modules: Sequence[ActiveModule], device: torch.device) -> "LabelSpaces":
+        first_task: list[int] = []
+        space_of_task: list[int] = []
         members: dict[str, list[int]] = {}
         for t, module in enumerate(modules):
-            # A space's name never equals the key of a task alone, which no name may look like.
-            key = f"space {module.label_space}" if module.label_space is not None else f"task {module.task}"
-            members.setdefault(key, []).append(t)
-        return cls.of([_make_space(modules, tuple(tasks), device) for tasks in members.values()], device)
-
-    @classmethod
-    def of(cls, spaces: Sequence[LabelSpace], device: torch.device) -> "LabelSpaces":
-        number = {t: s for s, space in enumerate(spaces) for t in space.members}
+            tasks = [] if module.label_space is None else members.setdefault(module.label_space, [])
+            if not tasks:
+                first_task.append(t)
+            tasks.append(t)
+            space_of_task.append(len(first_task) - 1 if tasks[0] == t else space_of_task[tasks[0]])
+        shared = {
+            space_of_task[tasks[0]]: _make_space(modules, tuple(tasks), device)
+            for tasks in members.values()
+            if len(tasks) > 1
+        }
+        num_labels = [len(modules[t].labels) for t in first_task]
+        for s, space in shared.items():
+            num_labels[s] = len(space.labels)
         return cls(
-            spaces=tuple(spaces),
-            space_of_task_T=torch.tensor([number[t] for t in sorted(number)], device=device),
-            num_labels_S=torch.tensor([len(space.labels) for space in spaces], device=device),
+            modules=tuple(modules),
+            first_task=tuple(first_task),
+            shared=shared,
+            space_of_task_T=torch.tensor(space_of_task, dtype=torch.int64, device=device),
+            num_labels_S=torch.tensor(num_labels, dtype=torch.int64, device=device),
         )
 
-    @classmethod
-    def alone(cls, t: int, module: TaskModule, num_tasks: int, device: torch.device) -> "LabelSpaces":
-        """Only task `t` of a bank, whatever space it belongs to; the others must have no probability."""
-        position_C = torch.arange(len(module.labels), device=device)
-        space_of_task_T = torch.zeros(num_tasks, dtype=torch.int64, device=device)
-        num_labels_S = torch.tensor([len(module.labels)], device=device)
-        return cls((LabelSpace((t,), module.labels, (position_C,)),), space_of_task_T, num_labels_S)
+    def alone(self, t: int) -> "LabelSpaces":
+        """Only task `t`, whatever space it belongs to; the others must have no probability."""
+        return LabelSpaces(
+            modules=self.modules,
+            first_task=(t,),
+            shared={},
+            space_of_task_T=torch.zeros_like(self.space_of_task_T),
+            num_labels_S=self.num_labels_S.new_tensor([len(self.modules[t].labels)]),
+        )
 
     def __len__(self) -> int:
-        return len(self.spaces)
+        return len(self.first_task)
 
     def __getitem__(self, s: int) -> LabelSpace:
-        return self.spaces[s]
+        if (space := self.shared.get(s)) is not None:
+            return space
+        t = self.first_task[s]
+        return _make_space(self.modules, (t,), self.num_labels_S.device)
 
     def of_task(self, t: int) -> LabelSpace:
-        return self.spaces[int(self.space_of_task_T[t])]
+        return self[int(self.space_of_task_T[t])]
 
     def probabilities(self, prob_BT: Tensor) -> Tensor:
         """[B, S] sums of [B, T] task probabilities within the spaces."""
@@ -71,16 +88,19 @@ class LabelSpaces:
 
     def number_labels(self) -> Tensor:
         """[K] the number of each class's label, over all spaces: equal for classes that are one label."""
-        by_task: list[Tensor] = [torch.empty(0)] * len(self.space_of_task_T)
-        first = 0
-        for space in self.spaces:
+        first_label = (self.num_labels_S.cumsum(0) - self.num_labels_S)[self.space_of_task_T].tolist()
+        number = [torch.arange(len(module.labels)) for module in self.modules]
+        for space in self.shared.values():
             for t, position_C in zip(space.members, space.position_C, strict=True):
-                by_task[t] = position_C + first
-            first += len(space.labels)
-        return torch.cat(by_task)
+                number[t] = position_C.cpu()
+        sizes = torch.tensor([len(one) for one in number])
+        first_K = torch.tensor(first_label).repeat_interleave(sizes)
+        return (torch.cat(number) + first_K).to(self.num_labels_S.device)
 
 
-def _make_space(modules: Sequence[TaskModule], members: tuple[int, ...], device: torch.device) -> LabelSpace:
+def _make_space(
+    modules: Sequence[ActiveModule], members: tuple[int, ...], device: torch.device
+) -> LabelSpace:
     position: dict[str, int] = {}
     for t in members:
         for label in modules[t].labels:

@@ -21,24 +21,27 @@ def leave_one_out_scores(
     class_N: Tensor,
     count_N: Tensor,
     task: int | None = None,
+    in_metric: bool = True,
 ) -> Tensor:
     """[N, C] float64 scores of [N, D] vectors without their own contribution, over the classes of all tasks
     or of one.
 
     `class_N` is the vector's own class among all, which must be one of those, and `count_N` that class's
-    image count, at least 2. With P = S⁻¹, solved = P·r and Sherman–Morrison P' = P + gain·solved·solvedᵀ,
-    every product aᵀP'r is `stretch` times aᵀPr.
+    image count, at least 2. Vectors of a task that came after the metric was fixed are only in their own
+    class's mean, not `in_metric`. With P = S⁻¹, solved = P·r and Sherman–Morrison
+    P' = P + gain·solved·solvedᵀ, every product aᵀP'r is `stretch` times aᵀPr.
     """
     own_N = torch.arange(len(x_ND), device=x_ND.device)
     step_N = 1.0 / (count_N.double() - 1.0)
-    shift_N = step_N / discriminant.num_classes  # every offset and the vector move by shift·r
+    # Every offset and the vector move by shift·r.
+    shift_N = step_N / discriminant.metric.num_classes * in_metric
     shifted_ND = x_ND.double() - discriminant.centre_D
     classes, offset_CD = discriminant.classes(task), discriminant.offsets(task)
     own_class_N = class_N - (classes.start or 0)
     residual_ND = shifted_ND - offset_CD[own_class_N]
-    solved_ND = residual_ND @ discriminant.precision_DD
+    solved_ND = residual_ND @ discriminant.metric.precision_DD
     spread_N = (residual_ND * solved_ND).sum(dim=1)
-    weight_N = discriminant.outer_weight * count_N.double() * step_N
+    weight_N = discriminant.metric.outer_weight * count_N.double() * step_N * in_metric
     gain_N = weight_N / (1.0 - weight_N * spread_N).clamp_min(_MIN_REMAINDER)
     stretch_N = 1.0 + gain_N * spread_N
     along_x_N = (shifted_ND * solved_ND).sum(dim=1)
@@ -48,7 +51,7 @@ def leave_one_out_scores(
     move_NC[own_N, own_class_N] -= step_N
     # x − c is r and the own class's offset, and those are few.
     seen_S, position_N = own_class_N.unique(return_inverse=True)
-    query_ND = solved_ND + (offset_CD[seen_S] @ discriminant.precision_DD)[position_N]
+    query_ND = solved_ND + (offset_CD[seen_S] @ discriminant.metric.precision_DD)[position_N]
     projection_NC = (
         query_ND @ offset_CD.T
         + (gain_N * along_x_N)[:, None] * along_NC
@@ -74,6 +77,7 @@ def leave_one_out_scores(
             residual_ND,
             class_N,
             step_N,
+            shift_N,
             spread_N,
             gain_N,
         )
@@ -87,6 +91,7 @@ def _inside(
     residual_ND: Tensor,
     class_N: Tensor,
     step_N: Tensor,
+    shift_N: Tensor,
     spread_N: Tensor,
     gain_N: Tensor,
 ) -> Tensor:
@@ -99,10 +104,10 @@ def _inside(
     """
     stretch_N = 1.0 + gain_N * spread_N
     first_NK = residual_ND @ span.basis_DK  # L⁻¹u
-    move_NK = (step_N / discriminant.num_classes)[:, None].repeat(1, discriminant.num_classes)
+    move_NK = shift_N[:, None].repeat(1, discriminant.num_classes)
     move_NK[torch.arange(len(class_N), device=class_N.device), class_N] -= step_N
     second_NK = torch.linalg.solve_triangular(span.gram_root_KK, move_NK.T, upper=False).T  # L⁻¹b
-    along_N = ((moved_ND @ discriminant.precision_DD) * residual_ND).sum(dim=1)
+    along_N = ((moved_ND @ discriminant.metric.precision_DD) * residual_ND).sum(dim=1)
     product_NK = (
         moved_ND @ span.basis_DK
         + (gain_N * along_N)[:, None] * first_NK

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model_store.selection import entropy
-from model_store.task_module import TaskModule
+from model_store.task_module import ActiveModule
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,16 @@ class LeastUncertain:
 _BLOCK_SCORES = 2**22
 
 
-def least_uncertain(modules: Sequence[TaskModule], cls_BD: Tensor) -> LeastUncertain:
+def least_uncertain(modules: Sequence[ActiveModule], cls_BD: Tensor) -> LeastUncertain:
     """Every module scores the classes of all tasks on its own output; the least entropy wins, of equals the
     first."""
-    head_KD = torch.cat([module.head.directions() for module in modules])
+    head_KD = torch.cat([module.whole().head.directions() for module in modules])
     best_entropy_B = cls_BD.new_full((len(cls_BD),), torch.inf, dtype=torch.float64)
     best_prob_BK = cls_BD.new_zeros((len(cls_BD), len(head_KD)), dtype=torch.float64)
     module_B = torch.zeros(len(cls_BD), dtype=torch.int64, device=cls_BD.device)
     size = max(1, _BLOCK_SCORES // max(1, best_prob_BK.numel()))
     for start in range(0, len(modules), size):
-        block = modules[start : start + size]
+        block = [module.whole() for module in modules[start : start + size]]
         out_GBD = torch.stack([module.directions(cls_BD) for module in block])
         scale_G11 = torch.stack([module.head.scale for module in block])[:, None, None]
         log_prob_GBK = torch.log_softmax(scale_G11 * (out_GBD @ head_KD.T).double(), dim=2)

@@ -4,31 +4,27 @@ The service and the command line share this path; the service runs it off the re
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from model_store.backbone import BackboneManifest
-from model_store.bank import ModuleBank
-from model_store.errors import Conflict, CorruptStore, HarmsOtherTasks, InvalidModule
+from model_store.deferred import DEFAULT_MAX_BYTES
+from model_store.errors import Conflict, HarmsOtherTasks, InvalidModule, InvalidRequest
 from model_store.impact import ImpactReport, TaskHealth, compare_banks
-from model_store.module_file import ModuleFile, check_module, read_module
+from model_store.module_file import ModuleFile
+from model_store.revision import Revision
+from model_store.revision_reader import ActiveSet, NewFile, RevisionReader
+from model_store.selection import MAX_DENSE_CLASSES
 from model_store.signatures import Signature, Trust
-from model_store.store import ModelStore, Revision, with_task, without_task
+from model_store.store import ModelStore, with_task, without_task
 
 DEFAULT_MARGIN = 0.05
+# Classes, and share of the tasks that began it and are others now, from which a new epoch is due.
+EPOCH_CLASSES = 2 * MAX_DENSE_CLASSES
+EPOCH_SHARE = 0.1
 _ATTEMPTS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class ActiveSet:
-    """One revision in memory: the bank that answers, and the files it was made of. Immutable."""
-
-    revision: Revision
-    bank: ModuleBank
-    files: Mapping[str, ModuleFile]  # by task
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +48,14 @@ class Publisher:
         margin: float = DEFAULT_MARGIN,
         revision: int | None = None,
         trust: Trust | None = None,
+        module_memory_bytes: int = DEFAULT_MAX_BYTES,
     ) -> None:
         """Load the newest revision of `store`, or an old one to look at.
 
         `margin` is the largest share of right answers, in [0, 1], that a registration may cost another
         task's calibration set before it is refused. Where `trust` requires signatures, no module without
-        one is loaded, whoever wrote it into the store.
+        one is loaded, whoever wrote it into the store. In an epoch, modules beyond `module_memory_bytes` are
+        read when their task may answer.
         """
         self.store = store
         self.trust = trust or Trust.nobody()
@@ -65,6 +63,7 @@ class Publisher:
         self.margin = margin
         start = store.require_head() if revision is None else store.revision(revision)
         self.backbone: BackboneManifest = store.backbone_manifest(start.backbone_fingerprint)
+        self._reader = RevisionReader(store, self.backbone, self.device, self.trust, module_memory_bytes)
         self._health: dict[str, TaskHealth] = {}
         self.active = self._load(start, None)
 
@@ -77,9 +76,7 @@ class Publisher:
 
     def admit(self, data: bytes) -> ModuleFile:
         """Check a module file against the format and this store's backbone, without keeping it."""
-        file = read_module(data, self.device)
-        check_module(file, self.backbone)
-        return file
+        return self._reader.admit(data)
 
     def register(
         self,
@@ -100,7 +97,7 @@ class Publisher:
         file = self.admit(data)
         task = file.manifest.task
         given = [signature] if signature is not None else []
-        signer = self._signer_of(file.sha256, given)
+        signer = self._reader.signer_of(file.sha256, given)
 
         change = with_task(task, file.sha256)
 
@@ -115,7 +112,7 @@ class Publisher:
                 change, reason or f"{verb} {task}", parent=parent.revision, author=author
             )
 
-        new = _NewFile(file, signer)
+        new = NewFile(file, signer)
         return self._change(change, publish, task=task, new=new, dry_run=dry_run)
 
     def remove(self, task: str, *, reason: str = "", author: str | None = None) -> Outcome:
@@ -140,10 +137,36 @@ class Publisher:
                 lambda _: target.tasks,
                 reason or f"roll back to revision {number}",
                 parent=parent.revision,
+                like=target,
                 author=author,
             )
 
-        return self._change(lambda _: target.tasks, publish)
+        return self._change(lambda _: target.tasks, publish, like=target)
+
+    @property
+    def epoch_is_due(self) -> bool:
+        """Whether registering would be quicker, or truer to the tasks there are, in a new epoch."""
+        revision, bank = self.active.revision, self.active.bank
+        if len(bank.task_of_class_K) < max(EPOCH_CLASSES, 2 * bank.feature_dim):
+            return False
+        if bank.epoch is None:
+            return True
+        new = sum(sha256 not in bank.epoch.sha256s for sha256 in revision.tasks.values())
+        gone = len(bank.epoch.sha256s) - (len(revision.tasks) - new)
+        return max(new, gone) > EPOCH_SHARE * len(bank.epoch.sha256s)
+
+    def begin_epoch(self, *, reason: str = "", author: str | None = None) -> ActiveSet:
+        """Publish the active tasks again as those that begin an epoch, and serve that revision.
+
+        Takes time and memory with the number of tasks, once, so that registering takes little thereafter.
+        Raises InvalidRequest without tasks, and Conflict when another writer was faster.
+        """
+        active = self.refresh()
+        if not active.files:
+            raise InvalidRequest("no task is active: an epoch begins with some")
+        reason = reason or f"begin an epoch with {len(active.files)} tasks"
+        self._switch(self._reader.begin_epoch(active, reason, author))
+        return self.active
 
     def _change(
         self,
@@ -151,7 +174,8 @@ class Publisher:
         publish: Callable[[ActiveSet, Outcome], Revision],
         *,
         task: str | None = None,
-        new: "_NewFile | None" = None,
+        new: "NewFile | None" = None,
+        like: Revision | None = None,
         dry_run: bool = False,
     ) -> Outcome:
         """Build the bank of the changed set and publish it; begin again when another writer was first."""
@@ -161,8 +185,9 @@ class Publisher:
             replaced = parent.revision.tasks.get(task) if task else None
             if wanted == parent.revision.tasks:
                 return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
-            files, bank = self._build(wanted, parent.revision.number + 1, parent, new)
-            impact = compare_banks(parent.bank, bank, self._health)
+            epoch = self.store.next_epoch(parent.revision, wanted) if like is None else like.epoch
+            draft = self._reader.draft(wanted, parent.revision.number + 1, epoch, parent, new)
+            impact = compare_banks(parent.bank, draft.bank, self._health)
             _check_finite(impact)
             harmed = tuple(
                 one.task for one in impact.tasks if one.task != task and one.accuracy_loss > self.margin
@@ -176,7 +201,7 @@ class Publisher:
                 raise
             except Conflict:
                 continue
-            self._switch(ActiveSet(revision, bank, files))
+            self._switch(ActiveSet(revision, draft.bank, draft.files))
             self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
             return Outcome(self.active, impact, published=True, replaced_sha256=replaced, harmed=harmed)
         raise Conflict(f"gave up after {_ATTEMPTS} attempts: other writers publish without pause")
@@ -191,61 +216,8 @@ class Publisher:
                 f"revision {revision.number} moved to backbone {revision.backbone_fingerprint[:12]}…: "
                 "restart to serve it"
             )
-        files, bank = self._build(revision.tasks, revision.number, previous)
-        return ActiveSet(revision, bank, files)
-
-    def _admit_stored(self, sha256: str) -> tuple[ModuleFile, str | None]:
-        """A module of the store, checked, and the trusted signer who vouches for it."""
-        signer = self._signer_of(sha256)
-        return self.admit(self.store.module(sha256)), signer
-
-    def _signer_of(self, sha256: str, given: Sequence[Signature] = ()) -> str | None:
-        if not self.trust.key_of and not self.trust.is_required:
-            return None
-        return self.trust.signer_of(sha256, [*given, *self.store.signatures(sha256)])
-
-    def _build(
-        self,
-        tasks: Mapping[str, str],
-        number: int,
-        previous: ActiveSet | None,
-        new: "_NewFile | None" = None,
-    ) -> tuple[dict[str, ModuleFile], ModuleBank]:
-        known = {file.sha256: file for file in previous.files.values()} if previous else {}
-        signers = dict(previous.bank.signers) if previous else {}
-        if new is not None:
-            known[new.file.sha256] = new.file
-            signers |= {new.file.sha256: new.signer} if new.signer else {}
-        missing = [sha256 for sha256 in tasks.values() if sha256 not in known]
-        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
-            for file, signer in pool.map(self._admit_stored, missing):
-                known[file.sha256] = file
-                signers |= {file.sha256: signer} if signer is not None else {}
-        files = {task: known[sha256] for task, sha256 in tasks.items()}
-        for task, file in files.items():
-            if file.manifest.task != task:
-                raise CorruptStore(
-                    f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
-                )
-        active = set(tasks.values())
-        bank = ModuleBank.build(
-            (file.module for file in files.values()),
-            revision=number,
-            backbone_fingerprint=self.backbone.fingerprint,
-            feature_dim=self.backbone.feature_dim,
-            device=self.device,
-            previous=previous.bank if previous else None,
-            signers={sha256: name for sha256, name in signers.items() if sha256 in active},
-        )
-        return files, bank
-
-
-@dataclass(frozen=True, slots=True)
-class _NewFile:
-    """A module file on its way in, and the trusted signer who vouches for it."""
-
-    file: ModuleFile
-    signer: str | None
+        draft = self._reader.draft(revision.tasks, revision.number, revision.epoch, previous)
+        return ActiveSet(revision, draft.bank, draft.files)
 
 
 def _check_finite(impact: ImpactReport) -> None:

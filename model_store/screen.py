@@ -4,7 +4,7 @@ The exact scores of every class cost a pass over K·D numbers of eight bytes for
 thousand classes turn into tens of milliseconds. The screen reads two bytes a number, and says within
 SCREEN_ERROR where exact scores are needed.
 """
-# B batch, K classes, D features
+# B batch, K classes, C classes of a block, D features
 
 from dataclasses import dataclass
 
@@ -20,30 +20,47 @@ SCREEN_ERROR = 4 * 2.0**-9
 
 
 @dataclass(frozen=True, slots=True)
-class ClassScreen:
-    """Whitened unit directions of all classes."""
+class ScreenBlock:
+    """Some tasks' classes: bfloat16 unit directions, and float64 squared whitened norms."""
 
+    direction_CD: Tensor
+    norm_C: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScreen:
+    """Whitened unit directions of all classes, in the blocks of their class means."""
+
+    centre_D: Tensor
     whiten_DD: Tensor  # float32; x − c becomes (x − c) @ whiten
-    direction_KD: Tensor  # bfloat16, unit rows
+    blocks: dict[tuple[str, ...], ScreenBlock]  # in order, by the digests of their modules
 
     @classmethod
-    def fit(cls, means: ClassMeans, centre_D: Tensor, root_DD: Tensor) -> "tuple[ClassScreen, Tensor]":
-        """The screen for means, their centre and the Cholesky root of the covariance, and the [K] float64
-        squared whitened norms of the classes."""
+    def fit(cls, means: ClassMeans, centre_D: Tensor, root_DD: Tensor) -> "ClassScreen":
+        """The screen for means, their centre and the Cholesky root of the covariance."""
         eye_DD = torch.eye(len(root_DD), dtype=root_DD.dtype)
         whiten_DD = torch.linalg.solve_triangular(root_DD, eye_DD, upper=False).T.float().contiguous()
-        direction_KD = torch.empty(len(means), len(root_DD), dtype=torch.bfloat16)
-        norm_K = torch.empty(len(means), dtype=torch.float64)
-        start = 0
-        for mean_CD in means.chunks():
-            stop = start + len(mean_CD)
-            whitened_CD = (mean_CD.float() - centre_D.float()) @ whiten_DD
-            norm_K[start:stop] = (whitened_CD**2).sum(dim=1)
-            direction_KD[start:stop] = F.normalize(whitened_CD, dim=1)
-            start = stop
-        return cls(whiten_DD, direction_KD), norm_K
+        return cls(centre_D, whiten_DD, {}).over(means)
+
+    def over(self, means: ClassMeans) -> "ClassScreen":
+        """The screen of other classes in the same metric; blocks that are the same are shared."""
+        blocks = {}
+        for block in means.blocks():
+            known = self.blocks.get(block.sha256s)
+            blocks[block.sha256s] = known or self._block(means.of_block(block))
+        return ClassScreen(self.centre_D, self.whiten_DD, blocks)
+
+    def _block(self, mean_CD: Tensor) -> ScreenBlock:
+        whitened_CD = (mean_CD.float() - self.centre_D.float()) @ self.whiten_DD
+        norm_C = (whitened_CD**2).sum(dim=1).double()
+        return ScreenBlock(F.normalize(whitened_CD, dim=1).bfloat16(), norm_C)
+
+    @property
+    def norm_K(self) -> Tensor:  # noqa: N802
+        return torch.cat([block.norm_C for block in self.blocks.values()])
 
     def cosines(self, shifted_BD: Tensor) -> Tensor:
         """[B, K] float32 whitened cosines of [B, D] vectors x − c, each within SCREEN_ERROR."""
-        unit_BD = F.normalize(shifted_BD.float() @ self.whiten_DD, dim=1)
-        return (unit_BD.bfloat16() @ self.direction_KD.T).float()
+        unit_BD = F.normalize(shifted_BD.float() @ self.whiten_DD, dim=1).bfloat16()
+        cosine_BC = [unit_BD @ block.direction_CD.T for block in self.blocks.values()]
+        return torch.cat(cosine_BC, dim=1).float()

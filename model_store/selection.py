@@ -55,6 +55,47 @@ class ClassSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class Metric:
+    """The pooled within-class covariance S as angles need it, float64, and what it was pooled over."""
+
+    root_DD: Tensor  # Cholesky root of S
+    precision_DD: Tensor  # S⁻¹
+    outer_weight: float  # weight of one outer product r·rᵀ inside S
+    num_classes: int
+    sha256s: frozenset[str] | None  # of the tasks' modules; None: all tasks there are
+
+    @classmethod
+    def fit(
+        cls,
+        pooled: PooledStatistics,
+        feature_dim: int,
+        shrinkage: float = SHRINKAGE,
+        sha256s: frozenset[str] | None = None,
+    ) -> "Metric":
+        """From exact sums over tasks. Raises InvalidModule when the pooled scatter is no covariance."""
+        eye_DD = torch.eye(feature_dim, dtype=torch.float64)
+        freedom = pooled.degrees_of_freedom
+        scatter_DD = pooled.scatter(feature_dim)
+        variance = float(scatter_DD.diagonal().mean()) / max(freedom, 1)
+        if variance <= 0.0:  # one image a class: no spread is known, and angles need no scale
+            scatter_DD, variance = torch.zeros_like(eye_DD), 1.0
+        weight = (1.0 - shrinkage) / (freedom + PRIOR_IMAGES)
+        sphere = weight * PRIOR_IMAGES * variance + shrinkage * variance
+        covariance_DD = weight * scatter_DD + sphere * eye_DD
+        if not is_positive_definite(covariance_DD - sphere / 2.0 * eye_DD):
+            covariance_DD = weight * _without_rounding(scatter_DD) + sphere * eye_DD
+        root_DD = torch.linalg.cholesky(covariance_DD)
+        return cls(root_DD, torch.cholesky_inverse(root_DD), weight, pooled.num_classes, sha256s)
+
+    def knows(self, sha256: str) -> bool:
+        """Whether the task of a module is one of those that S was pooled over."""
+        return self.sha256s is None or sha256 in self.sha256s
+
+    def to(self, device: torch.device) -> "Metric":
+        return replace(self, root_DD=self.root_DD.to(device), precision_DD=self.precision_DD.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class WhitenedCosine:
     """Discriminant analysis by angle: cos(x − c, μ_k − c) in the metric of the pooled within-class
     covariance S, with c the mean of all class means.
@@ -71,78 +112,50 @@ class WhitenedCosine:
     """
 
     means: ClassMeans
+    metric: Metric
+    centre_D: Tensor
     offset_KD: Tensor | None  # μ_k − c
     screen: ClassScreen | None
-    centre_D: Tensor
-    precision_DD: Tensor
     norm_K: Tensor  # q_k
     span: ClassSpan | None  # None when the whitened class means span everything
-    outer_weight: float  # weight of one outer product r·rᵀ inside S
 
     @classmethod
     def fit(
         cls,
         means: ClassMeans,
-        pooled: PooledStatistics,
-        shrinkage: float = SHRINKAGE,
+        metric: Metric,
+        centre_D: Tensor | None = None,
         max_dense_classes: int | None = MAX_DENSE_CLASSES,
+        previous: "WhitenedCosine | None" = None,
     ) -> "WhitenedCosine":
-        """From class means and the exact pooled statistics of the same tasks, on the CPU.
+        """From class means, on the CPU; their mean is the centre unless another is named.
 
-        More than `max_dense_classes` classes (and than features) are screened; None never screens. Raises
-        InvalidModule when the pooled scatter is no covariance.
+        More than `max_dense_classes` classes (and than features) are screened; None never screens.
+        `previous` only saves work, where it has the same metric and centre.
         """
-        feature_dim = means.feature_dim
-        eye_DD = torch.eye(feature_dim, dtype=torch.float64)
-        freedom = pooled.degrees_of_freedom
-        scatter_DD = pooled.scatter(feature_dim)
-        variance = float(scatter_DD.diagonal().mean()) / max(freedom, 1)
-        if variance <= 0.0:  # one image a class: no spread is known, and angles need no scale
-            scatter_DD, variance = torch.zeros_like(eye_DD), 1.0
-        weight = (1.0 - shrinkage) / (freedom + PRIOR_IMAGES)
-        sphere = weight * PRIOR_IMAGES * variance + shrinkage * variance
-        covariance_DD = weight * scatter_DD + sphere * eye_DD
-        if not is_positive_definite(covariance_DD - sphere / 2.0 * eye_DD):
-            covariance_DD = weight * _without_rounding(scatter_DD) + sphere * eye_DD
-        root_DD = torch.linalg.cholesky(covariance_DD)
-        precision_DD = torch.cholesky_inverse(root_DD)
-        if max_dense_classes is not None and len(means) > max(max_dense_classes, feature_dim):
-            sums = [mean_CD.sum(dim=0, dtype=torch.float64) for mean_CD in means.chunks()]
-            centre_D = torch.stack(sums).sum(dim=0) / len(means)
-            screen, norm_K = ClassScreen.fit(means, centre_D, root_DD)
-            return cls(
-                means=means,
-                offset_KD=None,
-                screen=screen,
-                centre_D=centre_D,
-                precision_DD=precision_DD,
-                norm_K=norm_K,
-                span=None,
-                outer_weight=weight,
-            )
+        if max_dense_classes is not None and len(means) > max(max_dense_classes, means.feature_dim):
+            if previous is not None and previous.screen is not None and previous.metric is metric:
+                screen = previous.screen.over(means)
+            else:
+                centre_D = _mean(means) if centre_D is None else centre_D
+                screen = ClassScreen.fit(means, centre_D, metric.root_DD)
+            return cls(means, metric, screen.centre_D, None, screen, screen.norm_K, None)
         mean_KD = means.all()
-        centre_D = mean_KD.mean(dim=0)
+        if centre_D is None:
+            centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
-        whitened_DK = torch.linalg.solve_triangular(root_DD, offset_KD.T, upper=False)
-        return cls(
-            means=means,
-            offset_KD=offset_KD,
-            screen=None,
-            centre_D=centre_D,
-            precision_DD=precision_DD,
-            norm_K=(whitened_DK**2).sum(dim=0),
-            span=ClassSpan.fit(whitened_DK, root_DD) if len(mean_KD) < feature_dim else None,
-            outer_weight=weight,
-        )
+        whitened_DK = torch.linalg.solve_triangular(metric.root_DD, offset_KD.T, upper=False)
+        span = ClassSpan.fit(whitened_DK, metric.root_DD) if len(mean_KD) < means.feature_dim else None
+        return cls(means, metric, centre_D, offset_KD, None, (whitened_DK**2).sum(dim=0), span)
 
     def to(self, device: torch.device) -> "WhitenedCosine":
         if self.offset_KD is None or device.type == "cpu":
             return self
         return replace(
             self,
+            metric=self.metric.to(device),
             offset_KD=self.offset_KD.to(device),
             centre_D=self.centre_D.to(device),
-            precision_DD=self.precision_DD.to(device),
             norm_K=self.norm_K.to(device),
             span=None if self.span is None else self.span.to(device),
         )
@@ -165,7 +178,7 @@ class WhitenedCosine:
         """[B, K] float64 scores of [B, D] CLS vectors, about −1 … 5, over all classes or over those of some
         tasks, one task after another."""
         shifted_BD = x_BD.double() - self.centre_D
-        query_BD = shifted_BD @ self.precision_DD
+        query_BD = shifted_BD @ self.metric.precision_DD
         whole_B = (query_BD * shifted_BD).sum(dim=1)
         inside_B = whole_B
         if self.span is not None:
@@ -183,7 +196,7 @@ class WhitenedCosine:
 
     def lda_scores(self, x_BD: Tensor) -> Tensor:
         """[B, K] scores of plain LDA, g − q/2: the baseline."""
-        query_BD = (x_BD.double() - self.centre_D) @ self.precision_DD
+        query_BD = (x_BD.double() - self.centre_D) @ self.metric.precision_DD
         score_BK: Tensor = query_BD @ self.offsets().T - self.norm_K / 2.0
         return score_BK
 
@@ -197,6 +210,12 @@ def whitened_cosine(projection_BK: Tensor, norm_BK: Tensor, inside_B: Tensor, wh
     """[B, K] g/(√q·‖x‖) from g, q, and x's squared norm inside the span of the class means and whole."""
     length_B = (inside_B + OUTSIDE_SHARE * whole_B).clamp_min(1e-30).sqrt()
     return projection_BK / norm_BK.clamp_min(1e-30).sqrt() / length_B[:, None]
+
+
+def _mean(means: ClassMeans) -> Tensor:
+    """[D] float64 mean of very many class means."""
+    sums = [means.of_block(block).sum(dim=0, dtype=torch.float64) for block in means.blocks()]
+    return torch.stack(sums).sum(dim=0) / len(means)
 
 
 def _without_rounding(scatter_DD: Tensor) -> Tensor:
@@ -228,11 +247,9 @@ def _gram_root(column_DK: Tensor) -> Tensor:
 
 def task_log_probs(score_BK: Tensor, task_K: Tensor, num_tasks: int) -> Tensor:
     """[B, T] log P(task | x): the probability of a task is the sum over its classes."""
-    index_BK = task_K.expand_as(score_BK)
-    top_BT = score_BK.new_full((score_BK.shape[0], num_tasks), -torch.inf)
-    top_BT = top_BT.scatter_reduce(1, index_BK, score_BK, reduce="amax")
-    mass_BT = torch.zeros_like(top_BT).scatter_add(1, index_BK, (score_BK - top_BT.gather(1, index_BK)).exp())
-    return torch.log_softmax(top_BT + mass_BT.log(), dim=1)
+    prob_BK = torch.softmax(score_BK, dim=1)
+    prob_BT = prob_BK.new_zeros(len(score_BK), num_tasks)
+    return prob_BT.scatter_add_(1, task_K.expand_as(prob_BK), prob_BK).log()
 
 
 def entropy(log_prob_BK: Tensor) -> Tensor:

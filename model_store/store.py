@@ -6,10 +6,15 @@
     modules/<sha256>.safetensors
     signatures/<sha256>/<key id>.json
     revisions/<number>.json
+    epochs/<sha256>.safetensors
+    listings/<sha256>.safetensors
 
 Publishing writes the files first and then creates the next revision with put-if-absent, so two writers
 cannot lose each other's work, nothing is ever overwritten, and a crash at any byte leaves the previous
 revision whole. The same code runs on a local folder and on S3, GCS or Azure, through obstore.
+
+A revision names all its tasks, or how they differ from those of an earlier one that began an epoch
+(docs/decisions/0006): then its file grows with the changes since, and not with the tasks.
 """
 
 import contextlib
@@ -19,9 +24,8 @@ import socket
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from model_store.backbone import BackboneArtefact, BackboneManifest
 from model_store.errors import (
@@ -32,31 +36,14 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
-from model_store.manifest import Sha256, TaskName
 from model_store.object_files import Files, ObjectFiles
+from model_store.revision import EpochRef, Revision, log_file, read_log_file, unchecked_revision
 from model_store.signatures import Signature
 from model_store.tuning import Tuning
 
-Reason = Annotated[str, Field(max_length=1000)]
+# Share of an epoch's first tasks that may change before the next revision is in no epoch.
+MAX_CHANGED_SHARE = 0.25
 _DIGITS = 12
-
-
-class Revision(BaseModel):
-    """The complete set of active tasks at one moment; immutable, numbered from 1 without gaps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
-    number: int = Field(ge=1)
-    backbone_fingerprint: Sha256
-    tasks: Mapping[TaskName, Sha256]
-    reason: Reason
-    author: str = Field(max_length=200)
-    created_at: datetime
-
-    @property
-    def parent(self) -> int | None:
-        return self.number - 1 if self.number > 1 else None
 
 
 class ModelStore:
@@ -71,6 +58,7 @@ class ModelStore:
         self.url = str(url)
         self.author = author or _default_author()
         self._files = files or ObjectFiles(self.url)
+        self._began: Revision | None = None
 
     def __repr__(self) -> str:
         return f"ModelStore({self.url!r})"
@@ -157,9 +145,7 @@ class ModelStore:
 
     def put_module(self, data: bytes) -> str:
         """Keep the bytes of a module file (idempotent) and return their SHA-256, the file's name."""
-        sha256 = hashlib.sha256(data).hexdigest()
-        self._files.put_new(f"modules/{sha256}.safetensors", data)
-        return sha256
+        return self._put_by_digest("modules", data)
 
     def module(self, sha256: str) -> bytes:
         """The bytes of a module file, verified against its name."""
@@ -185,6 +171,35 @@ class ModelStore:
                 found.append(Signature.model_validate_json(data or b""))
         return found
 
+    # -- epochs --------------------------------------------------------------------------------------
+
+    def put_epoch(self, data: bytes) -> str:
+        """Keep the record of an epoch (idempotent) and return its SHA-256."""
+        return self._put_by_digest("epochs", data)
+
+    def epoch(self, sha256: str) -> bytes:
+        return self._by_digest("epochs", sha256)
+
+    def put_listing(self, data: bytes) -> str:
+        """Keep what an epoch lists of some of its tasks (idempotent) and return its SHA-256."""
+        return self._put_by_digest("listings", data)
+
+    def listing(self, sha256: str) -> bytes:
+        return self._by_digest("listings", sha256)
+
+    def _put_by_digest(self, folder: str, data: bytes) -> str:
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._files.put_new(f"{folder}/{sha256}.safetensors", data)
+        return sha256
+
+    def _by_digest(self, folder: str, sha256: str) -> bytes:
+        path = f"{folder}/{sha256}.safetensors"
+        data = self._files.get(path)
+        if data is None:
+            raise CorruptStore(f"store {self.url} has no {path}")
+        _check_digest(path, data, sha256)
+        return data
+
     # -- revisions -----------------------------------------------------------------------------------
 
     def head(self, known: int = 0) -> Revision | None:
@@ -209,12 +224,31 @@ class ModelStore:
         if data is None:
             raise UnknownRevision(f"store {self.url} has no revision {number}")
         try:
-            revision = Revision.model_validate_json(data)
+            found = read_log_file(data)
         except ValidationError as error:
             raise CorruptStore(f"revision {number} cannot be read: {error}") from error
-        if revision.number != number:
-            raise CorruptStore(f"revision {number} calls itself {revision.number}")
-        return revision
+        if found.number != number:
+            raise CorruptStore(f"revision {number} calls itself {found.number}")
+        return found if isinstance(found, Revision) else found.revision(self._tasks_that_began(found.epoch))
+
+    def _tasks_that_began(self, epoch: EpochRef) -> Mapping[str, str]:
+        """The tasks of the revision that began an epoch; those asked for last stay in memory."""
+        if self._began is None or self._began.epoch != epoch:
+            began = self.revision(epoch.number)
+            if began.epoch != epoch:
+                raise CorruptStore(f"revision {epoch.number} did not begin epoch {epoch.sha256[:12]}…")
+            self._began = began
+        return self._began.tasks
+
+    def next_epoch(self, parent: Revision, tasks: Mapping[str, str]) -> EpochRef | None:
+        """The epoch of a revision of `tasks` after `parent`: the same, until MAX_CHANGED_SHARE of the tasks
+        that began it have changed."""
+        if parent.epoch is None:
+            return None
+        began = self._tasks_that_began(parent.epoch)
+        num_kept = sum(began.get(task) == sha256 for task, sha256 in tasks.items())
+        num_changed = max(len(tasks), len(began)) - num_kept
+        return parent.epoch if num_changed <= MAX_CHANGED_SHARE * len(began) else None
 
     def revisions(self, limit: int = 100) -> list[Revision]:
         """The newest `limit` revisions, newest first."""
@@ -227,10 +261,12 @@ class ModelStore:
         reason: str,
         *,
         parent: Revision | None = None,
+        like: Revision | None = None,
         author: str | None = None,
         attempts: int = 50,
     ) -> Revision:
-        """Publish the task set `change(head)` as the next revision; its author is the store's unless named.
+        """Publish the task set `change(head)` as the next revision, in the same epoch or in that of `like`;
+        its author is the store's unless named.
 
         Without `parent`, a writer that loses the race applies its change to the new head and tries again.
         With `parent`, it raises Conflict instead, for callers whose change was judged against that parent.
@@ -238,8 +274,10 @@ class ModelStore:
         current = parent
         for _ in range(attempts):
             current = current or self.require_head()
+            tasks = change(current)
+            epoch = self.next_epoch(current, tasks) if like is None else like.epoch
             draft = self._draft(
-                current.number + 1, current.backbone_fingerprint, change(current), reason, author
+                current.number + 1, current.backbone_fingerprint, tasks, reason, author, epoch
             )
             if self._put_revision(draft):
                 return draft
@@ -247,6 +285,18 @@ class ModelStore:
                 raise Conflict(f"revision {draft.number} was published by another writer meanwhile")
             current = None
         raise Conflict(f"gave up after {attempts} attempts: other writers publish without pause")
+
+    def begin_epoch(self, parent: Revision, sha256: str, reason: str, author: str | None = None) -> Revision:
+        """Publish the tasks of `parent` again, as those that begin the epoch with the record `sha256`.
+
+        Raises Conflict when another revision came meanwhile.
+        """
+        number = parent.number + 1
+        epoch = EpochRef(number=number, sha256=sha256)
+        draft = self._draft(number, parent.backbone_fingerprint, parent.tasks, reason, author, epoch)
+        if not self._put_revision(draft):
+            raise Conflict(f"revision {number} was published by another writer meanwhile")
+        return draft
 
     def publish_first(self, backbone_fingerprint: str) -> Revision:
         """Make `backbone_fingerprint` the store's backbone.
@@ -276,21 +326,30 @@ class ModelStore:
         return head
 
     def _draft(
-        self, number: int, fingerprint: str, tasks: Mapping[str, str], reason: str, author: str | None = None
+        self,
+        number: int,
+        fingerprint: str,
+        tasks: Mapping[str, str],
+        reason: str,
+        author: str | None = None,
+        epoch: EpochRef | None = None,
     ) -> Revision:
-        return Revision(
+        return unchecked_revision(
+            dict(sorted(tasks.items())),
+            epoch,
             number=number,
             backbone_fingerprint=fingerprint,
-            tasks=dict(sorted(tasks.items())),
             reason=reason,
             author=author or self.author,
             created_at=datetime.now(UTC),
         )
 
     def _put_revision(self, revision: Revision) -> bool:
-        return self._files.put_new(
-            _revision_path(revision.number), revision.model_dump_json(indent=2).encode()
-        )
+        epoch = revision.epoch
+        began = None
+        if epoch is not None and epoch.number < revision.number:
+            began = self._tasks_that_began(epoch)
+        return self._files.put_new(_revision_path(revision.number), log_file(revision, began))
 
 
 def with_task(task: str, sha256: str) -> Callable[[Revision], Mapping[str, str]]:

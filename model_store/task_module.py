@@ -2,6 +2,7 @@
 # B batch, K classes, D features
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,35 @@ from model_store.calibration import CalibrationSet
 from model_store.landmarks import LandmarkRidge, Standardisation
 from model_store.luca import CosineHead, LuCA
 from model_store.statistics import ClassStatistics
+
+
+class ActiveModule(Protocol):
+    """What a bank asks of each of its modules, and the way to the rest: a whole module, or one of very many
+    whose tensors are read when the task may answer."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def label_space(self) -> str | None: ...
+    @property
+    def abstain_level(self) -> float | None: ...
+    @property
+    def mean_KD(self) -> Tensor:  # noqa: N802
+        """[K, D] float32 class means."""
+        ...
+
+    @property
+    def num_known(self) -> int:
+        """Calibration vectors."""
+        ...
+
+    def whole(self) -> "TaskModule":
+        """The module with its tensors. Raises StoreUnavailable and CorruptStore where they must be read."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +64,17 @@ class TaskModule:
     calibration: CalibrationSet
     label_space: str | None = None  # tasks that name the same one answer together
     abstain_level: float | None = None  # p-value at or below which it abstains; None: the server's
+
+    @property
+    def mean_KD(self) -> Tensor:  # noqa: N802
+        return self.statistics.mean_KD
+
+    @property
+    def num_known(self) -> int:
+        return len(self.calibration)
+
+    def whole(self) -> "TaskModule":
+        return self
 
     @torch.inference_mode()
     def luca_output(self, cls_BD: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class TaskWeighing:
 
     def weigh_unseen(self, t: int, row_M: Tensor) -> tuple[Tensor, Tensor]:
         """The same for calibration vectors of task `t`, each as if its own task had never seen it."""
-        module = self.joint.modules[t]
+        module = self.joint.modules[t].whole()
         score_MK = unseen_scores(self.selector, module, t, own_classes=False, rows=row_M)
         if self.selector.screen is not None:
             likely_MT = self._likely_tasks(score_MK.float())
@@ -58,7 +58,7 @@ class TaskWeighing:
 
     def neighbours(self, t: int) -> list[int]:
         """The other tasks, those first whose classes look most like those of task `t`."""
-        mean_CD = self.joint.modules[t].statistics.mean_KD.to(self.task_of_class_K.device)
+        mean_CD = self.joint.modules[t].mean_KD.to(self.task_of_class_K.device)
         is_screened = self.selector.screen is not None
         score_CK = self.selector.screened_scores(mean_CD) if is_screened else self.selector.scores(mean_CD)
         best_T = score_CK.new_full((len(self.joint.modules),), -torch.inf)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from model_store.errors import ToscaError
-from model_store.publishing import ActiveSet, Outcome, Publisher
+from model_store.publishing import Outcome, Publisher
+from model_store.revision_reader import ActiveSet
 from model_store.signatures import Signature
 from service.audit import AuditLog
 from service.loader import give_back_memory, make_loader

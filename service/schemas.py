@@ -8,10 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from model_store.answers import Answer
 from model_store.impact import ImpactReport, TaskHealth
 from model_store.manifest import Label, TaskName
-from model_store.module_file import ModuleFile
 from model_store.publishing import Outcome
+from model_store.revision import Revision
+from model_store.revision_reader import ActiveFile
 from model_store.selection import Selection
-from model_store.store import Revision
 from service.drift import Drift
 from service.questions import TimedAnswer
 from service.reliability import Reliability
@@ -167,7 +167,7 @@ class TaskOut(Strict):
     signer: str | None = Field(None, description="The trusted signer of the module file.", examples=["ci"])
 
     @classmethod
-    def of(cls, file: ModuleFile, signer: str | None) -> "TaskOut":
+    def of(cls, file: ActiveFile, signer: str | None) -> "TaskOut":
         manifest = file.manifest
         return cls(
             task=manifest.task,

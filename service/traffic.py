@@ -112,4 +112,4 @@ class Traffic:
         return known
 
     def _watch(self, bank: ModuleBank, task: str) -> DriftWatch:
-        return DriftWatch(len(bank.module(task).calibration), self._drift_window, self._drift_alarm_rate)
+        return DriftWatch(bank.module(task).num_known, self._drift_window, self._drift_alarm_rate)

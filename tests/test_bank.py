@@ -206,7 +206,7 @@ def assert_same_bank(one: ModuleBank, other: ModuleBank) -> None:
     )
     assert one.blend == other.blend
     assert one.selector is not None and other.selector is not None
-    assert torch.equal(one.selector.precision_DD, other.selector.precision_DD)
+    assert torch.equal(one.selector.metric.precision_DD, other.selector.metric.precision_DD)
     assert torch.equal(one.selector.norm_K, other.selector.norm_K)
     x_BD = near(one, 12)
     assert one.answer(x_BD) == other.answer(x_BD)

@@ -19,7 +19,8 @@ from model_store.backbone import Backbone
 from model_store.errors import CorruptStore, StoreUnavailable
 from model_store.object_files import ObjectFiles
 from model_store.publishing import Publisher
-from model_store.store import ModelStore, Revision, with_task
+from model_store.revision import Revision
+from model_store.store import ModelStore, with_task
 from service.app import create_app
 from service.settings import Settings
 

@@ -16,6 +16,7 @@ from model_store.leave_one_out import leave_one_out_scores
 from model_store.selection import (
     OUTSIDE_SHARE,
     PRIOR_IMAGES,
+    Metric,
     WhitenedCosine,
     entropy,
     task_log_probs,
@@ -51,8 +52,10 @@ def fit(
     pooled = PooledStatistics(
         torch.from_numpy(np.rint(upper / SCATTER_RESOLUTION)).long(), len(label_N), len(means)
     )
+    mean_of_task = torch.from_numpy(means).split(sizes or [len(means)])
+    sha256s = [f"{t:064x}" for t in range(len(mean_of_task))]
     return WhitenedCosine.fit(
-        ClassMeans.of(torch.from_numpy(means).split(sizes or [len(means)])), pooled, shrinkage
+        ClassMeans.of(mean_of_task, sha256s), Metric.fit(pooled, means.shape[1], shrinkage)
     )
 
 
@@ -244,7 +247,7 @@ def test_vectors_support_their_own_class_less_once_they_are_left_out() -> None:
 def test_a_scatter_that_is_no_covariance_is_refused() -> None:
     packed_P = torch.tensor([1, 500, 1]) * 2**20
     with pytest.raises(InvalidModule, match="scatter is no covariance"):
-        WhitenedCosine.fit(ClassMeans.of([torch.eye(2)]), PooledStatistics(packed_P, 10, 2))
+        Metric.fit(PooledStatistics(packed_P, 10, 2), 2)
 
 
 def test_leaving_out_one_of_two_images_stays_finite() -> None:

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model_store.class_means import ClassMeans
-from model_store.selection import WhitenedCosine
+from model_store.selection import Metric
 from model_store.statistics import (
     MAX_SCATTER,
     SCATTER_RESOLUTION,
@@ -152,7 +151,7 @@ def test_an_honest_task_always_has_a_covariance(num_images: int, seed: int) -> N
     cls_ND = torch.randn(num_images, 3, generator=generator) @ loading_RD
     cls_ND = (cls_ND + 0.05 * torch.randn(num_images, 192, generator=generator)) * scale_D
     one = fit_class_statistics(cls_ND, torch.arange(num_images) % 2, 2)
-    WhitenedCosine.fit(ClassMeans.of([one.mean_KD]), PooledStatistics.empty(192).add([one]))
+    Metric.fit(PooledStatistics.empty(192).add([one]), 192)
 
 
 # -- pooling -----------------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
-from model_store.store import ModelStore, Revision, with_task, without_task
+from model_store.revision import Revision
+from model_store.store import ModelStore, with_task, without_task
 
 SHA = "0123456789abcdef" * 4
 

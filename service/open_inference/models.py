@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from model_store.backbone import BackboneManifest
 from model_store.errors import UnknownTask
-from model_store.publishing import ActiveSet
+from model_store.revision_reader import ActiveSet
 from service.errors import UnknownVersion
 
 SERVICE_MODEL = "tosca"

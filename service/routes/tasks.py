@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 
-from model_store.publishing import ActiveSet
+from model_store.revision_reader import ActiveSet
 from service.payloads import read_module_body, read_signature
 from service.routes.state import Administering, Reading, State, problems
 from service.schemas import ChangeOut, StoredModule, TaskOut, TasksOut

@@ -1,0 +1,206 @@
+"""A revision in memory: its modules read and checked, or listed by its epoch, and the bank they make."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from model_store.backbone import BackboneManifest
+from model_store.bank import ModuleBank
+from model_store.deferred import ListedFile, ModuleCache
+from model_store.epoch import Epoch
+from model_store.epoch_file import EpochRecord, read_listing, write_listings
+from model_store.errors import CorruptStore
+from model_store.module_file import ModuleFile, check_module, read_module
+from model_store.revision import EpochRef, Revision
+from model_store.signatures import Signature, Trust
+from model_store.store import ModelStore
+from model_store.task_module import TaskModule
+
+# So many unknown modules are worth reading what their epoch lists of all of its.
+WORTH_LISTINGS = 50
+
+ActiveFile = ModuleFile | ListedFile
+
+
+@dataclass(frozen=True, slots=True)
+class ActiveSet:
+    """One revision in memory: the bank that answers, and the files it was made of. Immutable."""
+
+    revision: Revision
+    bank: ModuleBank
+    files: Mapping[str, ActiveFile]  # by task
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A module file on its way in, and the trusted signer who vouches for it."""
+
+    file: ModuleFile
+    signer: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a revision would be in memory, before it has been published."""
+
+    files: Mapping[str, ActiveFile]
+    bank: ModuleBank
+
+
+class RevisionReader:
+    """Makes banks of a store's revisions, for one backbone on one device. One thread at a time, but for
+    the modules that its banks read later."""
+
+    def __init__(
+        self,
+        store: ModelStore,
+        backbone: BackboneManifest,
+        device: torch.device,
+        trust: Trust,
+        module_memory_bytes: int,
+    ) -> None:
+        """In an epoch, modules beyond `module_memory_bytes` are read when their task may answer."""
+        self.modules = ModuleCache(self._read_whole, module_memory_bytes)
+        self._store = store
+        self._backbone = backbone
+        self._device = device
+        self._trust = trust
+        self._epoch: tuple[EpochRef, EpochRecord] | None = None
+
+    def admit(self, data: bytes) -> ModuleFile:
+        """Check a module file against the format and the backbone, without keeping it."""
+        file = read_module(data, self._device)
+        check_module(file, self._backbone)
+        return file
+
+    def signer_of(self, sha256: str, given: Sequence[Signature] = ()) -> str | None:
+        """The trusted signer who vouches for a module, by signatures `given` or in the store."""
+        if not self._trust.key_of and not self._trust.is_required:
+            return None
+        return self._trust.signer_of(sha256, [*given, *self._store.signatures(sha256)])
+
+    def draft(
+        self,
+        tasks: Mapping[str, str],
+        number: int,
+        epoch: EpochRef | None,
+        previous: ActiveSet | None,
+        new: NewFile | None = None,
+    ) -> Draft:
+        """What revision `number` would be with `tasks`, in an epoch or in none. `previous` saves work."""
+        record = self._record_of(epoch)
+        known: dict[str, ActiveFile] = {}
+        signers: dict[str, str] = {}
+        if previous is not None:
+            known = {file.sha256: file for file in previous.files.values()}
+            signers = dict(previous.bank.signers)
+        if new is not None:
+            known[new.file.sha256] = new.file
+            signers |= {new.file.sha256: new.signer} if new.signer else {}
+        if record is not None:
+            known |= self._worthwhile_listings(record, tasks.values(), known)
+        missing = [sha256 for sha256 in tasks.values() if sha256 not in known]
+        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
+            for admitted, signer in pool.map(self._admit_stored, missing):
+                known[admitted.sha256] = admitted if record is None else self._listed(admitted)
+                signers |= {admitted.sha256: signer} if signer is not None else {}
+        files: dict[str, ActiveFile] = {task: known[sha256] for task, sha256 in tasks.items()}
+        for task, file in files.items():
+            if file.manifest.task != task:
+                raise CorruptStore(
+                    f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
+                )
+        if record is not None:
+            files = {task: self._listed(file) for task, file in files.items()}
+        active = set(tasks.values())
+        signers = {sha256: name for sha256, name in signers.items() if sha256 in active}
+        bank = self._bank(files, number, record.epoch if record else None, previous, signers)
+        return Draft(files, bank)
+
+    def begin_epoch(self, active: ActiveSet, reason: str, author: str | None) -> ActiveSet:
+        """Publish the tasks of `active` as those that begin an epoch. Raises Conflict."""
+        bank, number = active.bank, active.revision.number
+        if bank.epoch is not None:
+            bank = self._bank(active.files, number, None, active, bank.signers)
+        listed = [self._listed(file) for file in active.files.values()]
+        listings = tuple(self._store.put_listing(data) for data in write_listings(listed))
+        files = {file.manifest.task: file for file in listed}
+        record = EpochRecord(bank.begin_epoch(), listings)
+        sha256 = self._store.put_epoch(record.to_bytes())
+        revision = self._store.begin_epoch(active.revision, sha256, reason, author)
+        assert revision.epoch is not None, "it begins one"
+        self._epoch = (revision.epoch, record)
+        return ActiveSet(
+            revision, self._bank(files, revision.number, record.epoch, None, bank.signers), files
+        )
+
+    def _admit_stored(self, sha256: str) -> tuple[ModuleFile, str | None]:
+        """A module of the store, checked, and the trusted signer who vouches for it."""
+        signer = self.signer_of(sha256)
+        return self.admit(self._store.module(sha256)), signer
+
+    def _read_whole(self, sha256: str) -> TaskModule:
+        return self.admit(self._store.module(sha256)).module
+
+    def _bank(
+        self,
+        files: Mapping[str, ActiveFile],
+        number: int,
+        epoch: Epoch | None,
+        previous: ActiveSet | None,
+        signers: Mapping[str, str],
+    ) -> ModuleBank:
+        return ModuleBank.build(
+            (file.module for file in files.values()),
+            revision=number,
+            backbone_fingerprint=self._backbone.fingerprint,
+            feature_dim=self._backbone.feature_dim,
+            device=self._device,
+            epoch=epoch,
+            previous=previous.bank if previous else None,
+            recall=self.modules.get,
+            signers=signers,
+        )
+
+    def _record_of(self, ref: EpochRef | None) -> EpochRecord | None:
+        """The record of an epoch; the last one stays in memory."""
+        if ref is None:
+            return None
+        if self._epoch is None or self._epoch[0] != ref:
+            began = self._store.revision(ref.number)
+            data = self._store.epoch(ref.sha256)
+            record = EpochRecord.from_bytes(data, self._backbone.feature_dim, began.tasks.values())
+            self._epoch = (ref, record)
+        return self._epoch[1]
+
+    def _worthwhile_listings(
+        self, record: EpochRecord, wanted: Iterable[str], known: Mapping[str, ActiveFile]
+    ) -> dict[str, ActiveFile]:
+        """What an epoch lists of its tasks, by digest, where many of them are wanted and unknown.
+
+        Nothing where signers are asked for: whoever wrote a listing has signed none of its modules.
+        """
+        num_missing = sum(sha256 in record.epoch.sha256s and sha256 not in known for sha256 in wanted)
+        if num_missing < WORTH_LISTINGS or self._trust.key_of or self._trust.is_required:
+            return {}
+        with ThreadPoolExecutor(thread_name_prefix="listing") as pool:
+            listings = pool.map(
+                lambda one: read_listing(self._store.listing(one), self.modules), record.listings
+            )
+            return {file.sha256: file for files in listings for file in files if file.sha256 not in known}
+
+    def _listed(self, file: ActiveFile) -> ListedFile:
+        """What stays in memory of a file in an epoch; its module may have to make room."""
+        if isinstance(file, ListedFile):
+            return file
+        self.modules.put(file.module)
+        return ListedFile.of(
+            file.manifest,
+            sha256=file.sha256,
+            mean_KD=file.module.mean_KD.clone(),  # not the whole file's memory
+            num_known=file.module.num_known,
+            size_bytes=file.size_bytes,
+            cache=self.modules,
+        )
