@@ -300,6 +300,20 @@ def revisions_rollback(
     out.print(f"revision {revision.number} has the {len(revision.tasks)} task(s) of revision {number}")
 
 
+@revisions_app.command("begin-epoch")
+def revisions_begin_epoch(
+    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    store: StoreOption = DEFAULT_STORE,
+) -> None:
+    """Publish the active tasks again as those that begin an epoch: with thousands of tasks, registering
+    and starting are quick thereafter. A server does so by itself after a change.
+
+    Example: tosca revisions begin-epoch
+    """
+    revision = Publisher(ModelStore(store)).begin_epoch(reason=reason).revision
+    out.print(f"revision {revision.number} begins an epoch with {len(revision.tasks)} task(s)")
+
+
 def _task_row(store: ModelStore, sha256: str) -> dict[str, Any]:
     file = read_module(store.module(sha256))
     return file.manifest.model_dump(mode="json") | {"sha256": sha256, "size_bytes": file.size_bytes}

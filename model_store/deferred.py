@@ -1,9 +1,11 @@
 """Modules of very many tasks: what weighs a task stays in memory, the rest is read when it may answer."""
 # K classes, D features
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 
 import cachetools
@@ -17,6 +19,23 @@ from model_store.task_module import TaskModule
 DEFAULT_MAX_BYTES = 2 * 2**30
 # What a module weighs beside its tensors' contents: some twenty tensor objects and the module's own.
 _OVERHEAD_BYTES = 16 * 2**10
+
+
+_may_read: ContextVar[bool] = ContextVar("may_read", default=True)
+
+
+class NotInMemory(Exception):
+    """A module must be read first, by somebody who may take the time."""
+
+
+@contextlib.contextmanager
+def from_memory_alone() -> Iterator[None]:
+    """Within, a module that must be read raises NotInMemory instead."""
+    token = _may_read.set(False)
+    try:
+        yield
+    finally:
+        _may_read.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,8 @@ class ModuleCache:
             if module is not None:
                 self._num_hits += 1
                 return module
+            if not _may_read.get():
+                raise NotInMemory(sha256)
             reading = self._reading.get(sha256)
             is_mine = reading is None
             if reading is None:

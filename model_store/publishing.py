@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from model_store.backbone import BackboneManifest
-from model_store.deferred import DEFAULT_MAX_BYTES
+from model_store.deferred import DEFAULT_MAX_BYTES, ModuleMemory
 from model_store.errors import Conflict, HarmsOtherTasks, InvalidModule, InvalidRequest
 from model_store.impact import ImpactReport, TaskHealth, compare_banks
 from model_store.module_file import ModuleFile
@@ -66,6 +66,11 @@ class Publisher:
         self._reader = RevisionReader(store, self.backbone, self.device, self.trust, module_memory_bytes)
         self._health: dict[str, TaskHealth] = {}
         self.active = self._load(start, None)
+
+    @property
+    def module_memory(self) -> ModuleMemory:
+        """Of the modules that need not stay in memory; none, unless in an epoch."""
+        return self._reader.modules.memory
 
     def refresh(self) -> ActiveSet:
         """Take over revisions that others published. Raises Conflict when the backbone changed."""
@@ -147,7 +152,7 @@ class Publisher:
     def epoch_is_due(self) -> bool:
         """Whether registering would be quicker, or truer to the tasks there are, in a new epoch."""
         revision, bank = self.active.revision, self.active.bank
-        if len(bank.task_of_class_K) < max(EPOCH_CLASSES, 2 * bank.feature_dim):
+        if len(bank.task_of_class_K) < EPOCH_CLASSES:
             return False
         if bank.epoch is None:
             return True

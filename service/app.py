@@ -201,6 +201,12 @@ def _load(
         trust = Trust.read(settings.trusted_signers, is_required=settings.require_signature)
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
-    publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    registry = TaskRegistry(publisher, audit, settings.loader_niceness)
+    publisher = Publisher(
+        store,
+        backbone.device,
+        settings.impact_margin,
+        trust=trust,
+        module_memory_bytes=settings.module_memory_bytes,
+    )
+    registry = TaskRegistry(publisher, audit, settings.loader_niceness, begins_epochs=settings.begin_epochs)
     return Engine(backbone, settings, telemetry), registry

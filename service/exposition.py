@@ -58,6 +58,12 @@ def _of_service(state: ServiceState) -> Iterator[Metric]:
     yield _gauge("tosca_ready", "1 while load balancers should send requests.", state.is_ready)
     yield _gauge("tosca_revision", "The revision that answers.", registry.active.revision.number)
     yield _gauge("tosca_tasks", "Active tasks.", len(registry.active.files))
+    memory = registry.module_memory
+    yield _gauge("tosca_deferred_modules", "Modules in memory that may be read again.", memory.num_modules)
+    yield _gauge("tosca_deferred_modules_bytes", "Memory of those modules.", memory.size_bytes)
+    yield CounterMetricFamily(
+        "tosca_deferred_modules_reads", "Modules read because a task might answer.", value=memory.num_reads
+    )
     yield _gauge("tosca_store_staleness_seconds", "Since the store was last read.", registry.staleness_s)
     yield _gauge(
         "tosca_store_fault",

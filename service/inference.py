@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model_store.backbone import Backbone
+from model_store.deferred import NotInMemory, from_memory_alone
 from service.cls_cache import ClsCache
 from service.errors import DeadlineExceeded, DeviceOutOfMemory, EngineStopped, NotFinite
 from service.metrics import Metrics
@@ -26,6 +27,8 @@ from service.questions import Question, TimedAnswer, check_finite
 from service.timings import Interval, Timings
 
 log = logging.getLogger("tosca.engine")
+# Threads that answer questions whose modules must be read first.
+_NUM_READERS = 4
 
 
 @dataclass(slots=True)
@@ -68,6 +71,7 @@ class InferenceThread:
         self._drain_s = drain_s
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="module-reader")
         self._busy_since: float | None = None
         self.has_died = False
 
@@ -78,6 +82,7 @@ class InferenceThread:
         """Answer what was submitted, and end."""
         self._queue.put(None)
         self._thread.join()
+        self._readers.shutdown()
 
     def submit(self, entries: Sequence[Waiting]) -> None:
         for entry in entries:
@@ -190,7 +195,25 @@ class InferenceThread:
         self._metrics.time_pass(backbone, len(live))
         rows = sorted(range(len(live)), key=lambda i: live[i].question.kind)
         for _, group in groupby(rows, key=lambda i: live[i].question.kind):
-            self._answer_group(live, list(group), cls_BD, backbone)
+            some = list(group)
+            entries, cls_ND = [live[i] for i in some], cls_BD[some]
+            try:
+                with from_memory_alone():
+                    self._answer_group(entries, cls_ND, backbone, len(live))
+            except NotInMemory:  # the device shall not wait for the store
+                self._readers.submit(self._answer_elsewhere, entries, cls_ND, backbone, len(live))
+
+    def _answer_elsewhere(
+        self, entries: list[Waiting], cls_ND: Tensor, backbone: Interval, batch_size: int
+    ) -> None:
+        """On a reader's thread, which nobody watches: whatever happens is told to the waiters."""
+        try:
+            self._answer_group(entries, cls_ND, backbone, batch_size)
+        except BaseException as error:
+            for entry in entries:
+                if not entry.future.done():
+                    entry.future.set_exception(error)
+            raise
 
     def _embed(self, live: list[Waiting]) -> Tensor:
         """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
@@ -204,24 +227,27 @@ class InferenceThread:
                 self._cache.put(key, cls_D)
         return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
 
-    def _answer_group(self, live: list[Waiting], rows: list[int], cls_BD: Tensor, backbone: Interval) -> None:
-        question = live[rows[0]].question
+    def _answer_group(
+        self, entries: list[Waiting], cls_ND: Tensor, backbone: Interval, batch_size: int
+    ) -> None:
+        """Answers to one kind of question, or what went wrong, to all its waiters. Raises NotInMemory."""
         answering = time.monotonic()
         try:
-            answers, modules = question.answer(cls_BD[rows])
+            answers, modules = entries[0].question.answer(cls_ND)
+        except NotInMemory:
+            raise
         except Exception as error:  # delivered to the waiters
-            for row in rows:
-                live[row].future.set_exception(error)
+            for entry in entries:
+                entry.future.set_exception(error)
             return
         selection = Interval(answering, time.monotonic())
         self._metrics.time_answers(selection, modules)
-        for row, answer in zip(rows, answers, strict=True):
-            entry = live[row]
+        for entry, answer, cls_D in zip(entries, answers, cls_ND, strict=True):
             try:
                 check_finite(answer)
             except NotFinite as fault:
                 entry.future.set_exception(fault)
                 continue
             queue = Interval(entry.decode.ended_at, backbone.began_at)
-            timings = Timings(entry.decode, queue, backbone, selection, modules, len(live))
-            entry.future.set_result(TimedAnswer(answer, timings, cls_BD[row]))
+            timings = Timings(entry.decode, queue, backbone, selection, modules, batch_size)
+            entry.future.set_result(TimedAnswer(answer, timings, cls_D))

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from model_store.errors import ToscaError
+from model_store.deferred import ModuleMemory
+from model_store.errors import Conflict, ToscaError
 from model_store.publishing import Outcome, Publisher
 from model_store.revision_reader import ActiveSet
 from model_store.signatures import Signature
@@ -23,7 +24,16 @@ class TaskRegistry:
     """Holds the active set. Changes run one after another on the loader thread and end in one reference
     assignment inside the publisher, so a reader sees the set before or the set after, never a mixture."""
 
-    def __init__(self, publisher: Publisher, audit: AuditLog, loader_niceness: int = 0) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        audit: AuditLog,
+        loader_niceness: int = 0,
+        *,
+        begins_epochs: bool = True,
+    ) -> None:
+        """With `begins_epochs` a change after which an epoch is due is followed by one."""
+        self._begins_epochs = begins_epochs
         self._publisher = publisher
         self._audit = audit
         self._loader = make_loader(loader_niceness)
@@ -34,6 +44,10 @@ class TaskRegistry:
     @property
     def active(self) -> ActiveSet:
         return self._publisher.active
+
+    @property
+    def module_memory(self) -> ModuleMemory:
+        return self._publisher.module_memory
 
     @property
     def staleness_s(self) -> float:
@@ -137,7 +151,25 @@ class TaskRegistry:
                 )
                 return outcome
 
-        return await self._run(audited)
+        outcome = await self._run(audited)
+        if outcome.published and self._begins_epochs:
+            self._loader.submit(self._begin_epoch_if_due)
+        return outcome
+
+    def _begin_epoch_if_due(self) -> None:
+        """On the loader thread, after a change was answered."""
+        if not self._publisher.epoch_is_due:
+            return
+        try:
+            with self._audit.change("begin an epoch", author=self._publisher.store.author) as tell:
+                active = self._publisher.begin_epoch()
+                tell(revision=active.revision.number, tasks=len(active.files))
+        except Conflict:
+            log.info("another writer was faster than a new epoch")
+        except Exception:  # nobody waits for it; the next change tries again
+            log.exception("no epoch could begin")
+        else:
+            give_back_memory()
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         before = self.active

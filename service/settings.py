@@ -9,6 +9,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.console import DEFAULT_STORE
 from model_store.decoding import ImageLimits
+from model_store.deferred import DEFAULT_MAX_BYTES
 from model_store.publishing import DEFAULT_MARGIN
 
 # The least p-value of a task with M calibration vectors is 1/(M + 1): below that it never abstains.
@@ -102,6 +103,13 @@ class Settings(BaseSettings):
     decode_threads: int = Field(0, ge=0, description="Threads decoding pictures; 0: one per core, at most 8.")
     torch_threads: int = Field(0, ge=0, description="Threads of one backbone pass on CPU; 0: all cores.")
 
+    module_memory_bytes: Bytes = Field(
+        DEFAULT_MAX_BYTES,
+        description="Memory for modules that are read when needed, which are those of very many tasks.",
+    )
+    begin_epochs: bool = Field(
+        True, description="Begin an epoch after a change, when there are so many tasks that one is due."
+    )
     loader_niceness: int = Field(
         10, ge=0, le=19, description="How far registrations leave the processors to answers (Linux)."
     )
