@@ -82,21 +82,26 @@ class ModuleBank:
         feature_dim: int,
         device: torch.device | str = "cpu",
         epoch: Epoch | None = None,
+        pooled: PooledStatistics | None = None,
         previous: "ModuleBank | None" = None,
         recall: Callable[[str], TaskModule] | None = None,
         signers: Mapping[str, str] | None = None,
     ) -> "ModuleBank":
         """The bank of `modules`, whose tensors are already on `device`.
 
-        With an `epoch`, what depends on all tasks together is taken from it. `previous` only saves work: the
-        pooled statistics are then changed by the difference, which is exact, so the bank is the same as one
-        built from nothing. `recall` gives modules that are no longer among those of `previous`, by digest.
+        With an `epoch`, what depends on all tasks together is taken from it. The rest only saves work, and
+        the bank is the same without: `pooled` are the sums over the modules' statistics; the sums of
+        `previous` are changed by the difference, which is exact, and `recall` gives modules by digest that
+        are no longer among its own.
         """
         device = torch.device(device)
         ordered = tuple(sorted(modules, key=lambda module: module.task))
         assert len({module.task for module in ordered}) == len(ordered), "task names are unique in a revision"
         is_continued = previous is not None and epoch is not None and previous.epoch is epoch
-        pooled = epoch.pooled if epoch else _pool(ordered, feature_dim, previous, recall)
+        if epoch is not None:
+            pooled = epoch.pooled
+        elif pooled is None:
+            pooled = _pool(ordered, feature_dim, previous, recall)
         sizes = [len(module.labels) for module in ordered]
         selector = None
         if ordered:

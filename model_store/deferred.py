@@ -64,7 +64,12 @@ class ModuleCache:
         self._num_hits = 0
         self._num_reads = 0
 
+    @property
+    def max_bytes(self) -> int:
+        return int(self._modules.maxsize)
+
     def get(self, sha256: str) -> TaskModule:
+        """Raises what `load` raises, and NotInMemory within `from_memory_alone`."""
         with self._lock:
             module = self._modules.get(sha256)
             if module is not None:

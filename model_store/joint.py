@@ -83,7 +83,7 @@ class JointModel:
             better_NC = joint_NC > best_NL[:, position_C]
             task_NL[:, position_C] = torch.where(better_NC, t, task_NL[:, position_C])
             best_NL[:, position_C] = torch.where(better_NC, joint_NC, best_NL[:, position_C])
-        return prob_NL, task_NL
+        return prob_NL.clamp_(max=1.0), task_NL  # the sum may round to more
 
     def search(
         self,

@@ -54,8 +54,8 @@ class Publisher:
 
         `margin` is the largest share of right answers, in [0, 1], that a registration may cost another
         task's calibration set before it is refused. Where `trust` requires signatures, no module without
-        one is loaded, whoever wrote it into the store. In an epoch, modules beyond `module_memory_bytes` are
-        read when their task may answer.
+        one is loaded, whoever wrote it into the store. In an epoch, and where all modules together are more
+        than `module_memory_bytes`, those beyond are read when their task may answer.
         """
         self.store = store
         self.trust = trust or Trust.nobody()

@@ -1,6 +1,6 @@
 """A revision in memory: its modules read and checked, or listed by its epoch, and the bank they make."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,11 +15,13 @@ from model_store.errors import CorruptStore
 from model_store.module_file import ModuleFile, check_module, read_module
 from model_store.revision import EpochRef, Revision
 from model_store.signatures import Signature, Trust
+from model_store.statistics import PooledStatistics
 from model_store.store import ModelStore
 from model_store.task_module import TaskModule
 
 # So many unknown modules are worth reading what their epoch lists of all of its.
 WORTH_LISTINGS = 50
+_ADMITTED_TOGETHER = 256
 
 ActiveFile = ModuleFile | ListedFile
 
@@ -61,7 +63,8 @@ class RevisionReader:
         trust: Trust,
         module_memory_bytes: int,
     ) -> None:
-        """In an epoch, modules beyond `module_memory_bytes` are read when their task may answer."""
+        """In an epoch, and where all modules together are more than `module_memory_bytes`, those beyond are
+        read when their task may answer."""
         self.modules = ModuleCache(self._read_whole, module_memory_bytes)
         self._store = store
         self._backbone = backbone
@@ -101,22 +104,30 @@ class RevisionReader:
             signers |= {new.file.sha256: new.signer} if new.signer else {}
         if record is not None:
             known |= self._worthwhile_listings(record, tasks.values(), known)
-        missing = [sha256 for sha256 in tasks.values() if sha256 not in known]
-        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
-            for admitted, signer in pool.map(self._admit_stored, missing):
-                known[admitted.sha256] = admitted if record is None else self._listed(admitted)
-                signers |= {admitted.sha256: signer} if signer is not None else {}
-        files: dict[str, ActiveFile] = {task: known[sha256] for task, sha256 in tasks.items()}
+        pooled = PooledStatistics.empty(self._backbone.feature_dim)
+        size_bytes = sum(file.size_bytes for file in known.values())
+        for admitted, signer in self._admitted([one for one in tasks.values() if one not in known]):
+            size_bytes += admitted.size_bytes
+            if record is None and previous is None:
+                pooled = pooled.add([admitted.module.statistics])
+            is_deferred = record is not None or size_bytes > self.modules.max_bytes
+            known[admitted.sha256] = self._listed(admitted) if is_deferred else admitted
+            signers |= {admitted.sha256: signer} if signer is not None else {}
+        files = {task: known[sha256] for task, sha256 in tasks.items()}
         for task, file in files.items():
             if file.manifest.task != task:
                 raise CorruptStore(
                     f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
                 )
-        if record is not None:
-            files = {task: self._listed(file) for task, file in files.items()}
+        if record is not None or size_bytes > self.modules.max_bytes:
+            unpublished = new.file if new is not None else None  # cannot be read yet
+            files = {
+                task: file if file is unpublished else self._listed(file) for task, file in files.items()
+            }
         active = set(tasks.values())
         signers = {sha256: name for sha256, name in signers.items() if sha256 in active}
-        bank = self._bank(files, number, record.epoch if record else None, previous, signers)
+        epoch_known = record.epoch if record else None
+        bank = self._bank(files, number, epoch_known, previous, signers, pooled if previous is None else None)
         return Draft(files, bank)
 
     def begin_epoch(self, active: ActiveSet, reason: str, author: str | None) -> ActiveSet:
@@ -136,6 +147,13 @@ class RevisionReader:
             revision, self._bank(files, revision.number, record.epoch, None, bank.signers), files
         )
 
+    def _admitted(self, sha256s: Sequence[str]) -> Iterator[tuple[ModuleFile, str | None]]:
+        """Modules of the store, checked, and the trusted signer who vouches for each; some at a time, since
+        all of them may be more than fit into memory."""
+        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
+            for start in range(0, len(sha256s), _ADMITTED_TOGETHER):
+                yield from pool.map(self._admit_stored, sha256s[start : start + _ADMITTED_TOGETHER])
+
     def _admit_stored(self, sha256: str) -> tuple[ModuleFile, str | None]:
         """A module of the store, checked, and the trusted signer who vouches for it."""
         signer = self.signer_of(sha256)
@@ -151,6 +169,7 @@ class RevisionReader:
         epoch: Epoch | None,
         previous: ActiveSet | None,
         signers: Mapping[str, str],
+        pooled: PooledStatistics | None = None,
     ) -> ModuleBank:
         return ModuleBank.build(
             (file.module for file in files.values()),
@@ -159,6 +178,7 @@ class RevisionReader:
             feature_dim=self._backbone.feature_dim,
             device=self._device,
             epoch=epoch,
+            pooled=pooled,
             previous=previous.bank if previous else None,
             recall=self.modules.get,
             signers=signers,

@@ -249,7 +249,8 @@ def task_log_probs(score_BK: Tensor, task_K: Tensor, num_tasks: int) -> Tensor:
     """[B, T] log P(task | x): the probability of a task is the sum over its classes."""
     prob_BK = torch.softmax(score_BK, dim=1)
     prob_BT = prob_BK.new_zeros(len(score_BK), num_tasks)
-    return prob_BT.scatter_add_(1, task_K.expand_as(prob_BK), prob_BK).log()
+    prob_BT.scatter_add_(1, task_K.expand_as(prob_BK), prob_BK)
+    return prob_BT.clamp_(max=1.0).log()  # the sum may round to more
 
 
 def entropy(log_prob_BK: Tensor) -> Tensor:

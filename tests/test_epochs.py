@@ -314,6 +314,16 @@ def test_modules_make_room_for_others_and_come_back(store: ModelStore) -> None:
     assert answers(nothing_fits.active.bank) == expected
 
 
+def test_modules_that_do_not_fit_together_are_read_when_needed_in_no_epoch_too(store: ModelStore) -> None:
+    whole = Publisher(store).active.bank
+    few = Publisher(ModelStore(store.url), module_memory_bytes=30_000)
+    assert few.active.bank.is_deferred and not whole.is_deferred
+    assert torch.equal(few.active.bank.pooled.scatter_P, whole.pooled.scatter_P)
+    assert answers(few.active.bank) == answers(whole)
+    register(few, "new", 900)
+    assert answers(few.active.bank) == answers(Publisher(ModelStore(store.url)).active.bank)
+
+
 def test_a_module_that_cannot_be_read_fails_its_own_task_alone(store: ModelStore, tmp_path: Path) -> None:
     active = begun(store).active
     module = random_module("task04", seed=4)

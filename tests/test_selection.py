@@ -271,8 +271,9 @@ def test_task_probability_is_the_sum_over_its_classes() -> None:
 @given(scale=st.floats(0.0, 1e6), seed=st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
 def test_task_probabilities_sum_to_one_at_any_scale(scale: float, seed: int) -> None:
-    score_BK = scale * torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    log_prob_BT = task_log_probs(score_BK, torch.tensor([0, 0, 0, 1, 2, 2]), 3)
+    score_BK = scale * torch.randn(9, 43, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    score_BK[:3, :40] += 50.0  # one task is all but certain
+    log_prob_BT = task_log_probs(score_BK, torch.tensor([*[0] * 40, 1, 2, 2]), 3)
     assert not log_prob_BT.isnan().any() and (log_prob_BT <= 0).all()
     np.testing.assert_allclose(log_prob_BT.exp().sum(dim=1).numpy(), 1.0, rtol=1e-9)
 
