@@ -386,6 +386,10 @@ class ModuleBank:
         position_C = space.position_C[space.members.index(t)]
         return prob_NL.gather(1, position_C[evidence.label_N][:, None]).squeeze(1)
 
+    def prepare(self, task: str) -> None:
+        """Compute now what the task's first answer would have to wait for. Answers do not change."""
+        self._known_vectors_of(self._find(task))
+
     @torch.inference_mode()
     def _known_vectors_of(self, t: int) -> _KnownVectors:
         sha256 = self.modules[t].sha256

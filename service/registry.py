@@ -1,13 +1,15 @@
 """The tasks a running service answers with: one reference, changed by one thread off the request path."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from model_store.deferred import ModuleMemory
+from model_store.bank import ModuleBank
+from model_store.deferred import ModuleMemory, NotInMemory, from_memory_alone
 from model_store.errors import Conflict, ToscaError
 from model_store.publishing import Outcome, Publisher
 from model_store.revision_reader import ActiveSet
@@ -18,6 +20,7 @@ from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
 Result = TypeVar("Result")
+_PREPARED_TOGETHER = 8
 
 
 class TaskRegistry:
@@ -38,6 +41,8 @@ class TaskRegistry:
         self._audit = audit
         self._loader = make_loader(loader_niceness)
         give_back_memory()  # of the start
+        self._is_closing = False
+        self._loader.submit(self._prepare, self.active.bank)
         self._seen_at = time.monotonic()
         self._fault: str | None = None
 
@@ -170,12 +175,25 @@ class TaskRegistry:
             log.exception("no epoch could begin")
         else:
             give_back_memory()
+            self._prepare(self.active.bank)
+
+    def _prepare(self, bank: ModuleBank, first: int = 0) -> None:
+        """Spare first answers their wait, a few tasks at a time so that a change need not wait for them all.
+        Modules that would have to be read are left for their first answer."""
+        if bank is not self.active.bank or self._is_closing:
+            return
+        for module in bank.modules[first : first + _PREPARED_TOGETHER]:
+            with from_memory_alone(), contextlib.suppress(NotInMemory):
+                bank.prepare(module.task)
+        if first + _PREPARED_TOGETHER < len(bank) and not self._is_closing:
+            self._loader.submit(self._prepare, bank, first + _PREPARED_TOGETHER)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
         before = self.active
         result = await asyncio.get_running_loop().run_in_executor(self._loader, work)
         if self.active is not before:
             self._loader.submit(give_back_memory)
+            self._loader.submit(self._prepare, self.active.bank)
         self._seen_at = time.monotonic()
         if self._fault is not None:
             log.info("the store answers again")
@@ -183,4 +201,5 @@ class TaskRegistry:
         return result
 
     def close(self) -> None:
+        self._is_closing = True
         self._loader.shutdown()

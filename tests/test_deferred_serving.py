@@ -13,7 +13,7 @@ from pictures import encoded, noise
 import model_store.publishing
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
-from model_store.deferred import ListedFile, ModuleCache
+from model_store.deferred import ListedFile, ModuleCache, NotInMemory, from_memory_alone
 from model_store.errors import StoreUnavailable
 from model_store.module_file import ModuleFile, read_module
 from model_store.store import ModelStore
@@ -140,3 +140,31 @@ def test_a_change_after_which_an_epoch_is_due_is_followed_by_one(
         assert answer["receipt"]["revision"] == served["revision"]
         assert "tosca_deferred_modules" in client.get("/metrics").text
     assert (ModelStore(settings.store).require_head().epoch is not None) == begins
+
+
+def test_first_answers_are_prepared_after_the_start_and_after_every_change(
+    settings: Settings, tiny_backbone: Backbone, make_module: MakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.registry._PREPARED_TOGETHER", 1)
+    app = create_app(settings, tiny_backbone)
+    with TestClient(app) as client:
+        for task, seed in (("birds", 1), ("cars", 2), ("dogs", 3)):
+            assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
+        bank = app.state.service.registry.active.bank
+        deadline = time.monotonic() + 60.0
+        while len(bank._known_vectors) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(bank._known_vectors) == 3
+    with TestClient(create_app(settings, tiny_backbone)) as client:
+        registry = client.app.state.service.registry  # type: ignore[attr-defined]
+        while len(registry.active.bank._known_vectors) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(registry.active.bank._known_vectors) == 3
+
+
+def test_preparing_reads_no_module(files: list[ModuleFile]) -> None:
+    def load(sha256: str) -> TaskModule:
+        raise AssertionError("nothing was asked yet")
+
+    with from_memory_alone(), pytest.raises(NotInMemory):
+        bank_of(files, load).prepare("birds")
