@@ -51,6 +51,15 @@ class Draft:
     bank: ModuleBank
 
 
+@dataclass(frozen=True, slots=True)
+class _Gathered:
+    """Files by digest, the signers who vouch for some, and the files' pooled statistics if all are new."""
+
+    files: Mapping[str, ActiveFile]
+    signers: Mapping[str, str]
+    pooled: PooledStatistics | None
+
+
 class RevisionReader:
     """Makes banks of a store's revisions, for one backbone on one device. One thread at a time, but for
     the modules that its banks read later."""
@@ -94,41 +103,56 @@ class RevisionReader:
     ) -> Draft:
         """What revision `number` would be with `tasks`, in an epoch or in none. `previous` saves work."""
         record = self._record_of(epoch)
-        known: dict[str, ActiveFile] = {}
-        signers: dict[str, str] = {}
-        if previous is not None:
-            known = {file.sha256: file for file in previous.files.values()}
-            signers = dict(previous.bank.signers)
-        if new is not None:
-            known[new.file.sha256] = new.file
-            signers |= {new.file.sha256: new.signer} if new.signer else {}
-        if record is not None:
-            known |= self._worthwhile_listings(record, tasks.values(), known)
-        pooled = PooledStatistics.empty(self._backbone.feature_dim)
-        size_bytes = sum(file.size_bytes for file in known.values())
-        for admitted, signer in self._admitted([one for one in tasks.values() if one not in known]):
-            size_bytes += admitted.size_bytes
-            if record is None and previous is None:
-                pooled = pooled.add([admitted.module.statistics])
-            is_deferred = record is not None or size_bytes > self.modules.max_bytes
-            known[admitted.sha256] = self._listed(admitted) if is_deferred else admitted
-            signers |= {admitted.sha256: signer} if signer is not None else {}
-        files = {task: known[sha256] for task, sha256 in tasks.items()}
+        gathered = self._gather(tasks, record, previous, new)
+        files = {task: gathered.files[sha256] for task, sha256 in tasks.items()}
         for task, file in files.items():
             if file.manifest.task != task:
                 raise CorruptStore(
                     f"revision {number} lists the module of {file.manifest.task!r} as {task!r}"
                 )
-        if record is not None or size_bytes > self.modules.max_bytes:
-            unpublished = new.file if new is not None else None  # cannot be read yet
-            files = {
-                task: file if file is unpublished else self._listed(file) for task, file in files.items()
-            }
         active = set(tasks.values())
-        signers = {sha256: name for sha256, name in signers.items() if sha256 in active}
+        signers = {sha256: name for sha256, name in gathered.signers.items() if sha256 in active}
         epoch_known = record.epoch if record else None
-        bank = self._bank(files, number, epoch_known, previous, signers, pooled if previous is None else None)
-        return Draft(files, bank)
+        return Draft(files, self._bank(files, number, epoch_known, previous, signers, gathered.pooled))
+
+    def _gather(
+        self,
+        tasks: Mapping[str, str],
+        record: EpochRecord | None,
+        previous: ActiveSet | None,
+        new: NewFile | None,
+    ) -> "_Gathered":
+        """The files of all tasks, and perhaps of more: known from before, listed, or read and checked."""
+        files: dict[str, ActiveFile] = {}
+        signers: dict[str, str] = {}
+        if previous is not None:
+            files = {file.sha256: file for file in previous.files.values()}
+            signers = dict(previous.bank.signers)
+        if new is not None:
+            files[new.file.sha256] = new.file
+            signers |= {new.file.sha256: new.signer} if new.signer else {}
+        if record is not None:
+            files |= self._worthwhile_listings(record, tasks.values(), files)
+        size_bytes = sum(file.size_bytes for file in files.values())
+        is_deferred = record is not None or size_bytes > self.modules.max_bytes
+        pooled = PooledStatistics.empty(self._backbone.feature_dim)
+        for admitted, signer in self._admitted([one for one in tasks.values() if one not in files]):
+            size_bytes += admitted.size_bytes
+            if not is_deferred and size_bytes > self.modules.max_bytes:
+                is_deferred = True
+                files = self._all_listed(files, new)
+            if record is None and previous is None:
+                pooled = pooled.add([admitted.module.statistics])
+            files[admitted.sha256] = self._listed(admitted) if is_deferred else admitted
+            signers |= {admitted.sha256: signer} if signer is not None else {}
+        if is_deferred:
+            files = self._all_listed(files, new)
+        return _Gathered(files, signers, pooled if previous is None else None)
+
+    def _all_listed(self, files: Mapping[str, ActiveFile], new: NewFile | None) -> dict[str, ActiveFile]:
+        """Of each only what must stay in memory, but for a new one, which cannot be read from the store."""
+        unpublished = new.file if new is not None else None
+        return {sha256: file if file is unpublished else self._listed(file) for sha256, file in files.items()}
 
     def begin_epoch(self, active: ActiveSet, reason: str, author: str | None) -> ActiveSet:
         """Publish the tasks of `active` as those that begin an epoch. Raises Conflict."""
