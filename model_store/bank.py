@@ -147,6 +147,20 @@ class ModuleBank:
             sha256s=frozenset(module.sha256 for module in self.modules),
         )
 
+    def among(self, tasks: Iterable[str]) -> "ModuleBank":
+        """The bank of some of its tasks alone, in its epoch. Raises UnknownTask."""
+        assert self.epoch is not None, "in no epoch fewer tasks have a metric of their own"
+        return ModuleBank.build(
+            [self.module(task) for task in tasks],
+            revision=self.revision,
+            backbone_fingerprint=self.backbone_fingerprint,
+            feature_dim=self.feature_dim,
+            device=self.device,
+            epoch=self.epoch,
+            previous=self,
+            signers=self.signers,
+        )
+
     def __len__(self) -> int:
         return len(self.modules)
 
@@ -247,7 +261,7 @@ class ModuleBank:
 
     def neighbours(self, task: str, num: int) -> list[str]:
         """The other tasks whose classes look most like those of `task`, at most `num`, the likest first."""
-        return [self.modules[t].task for t in self._weighing.neighbours(self._find(task))[:num]]
+        return [self.modules[t].task for t in self._weighing.neighbours(self._find(task), num)]
 
     @property
     def _joint(self) -> JointModel:

@@ -1,7 +1,9 @@
 """The impact report: what a change of the active set does to the active tasks.
 
 Both banks answer the tasks' calibration sets, each vector as if its own task had never seen it: all tasks
-of a small set; of a large one those that changed, and those whose classes look most like theirs.
+of a small set; of a large one those that changed, and those whose classes look most like theirs. In an epoch
+a change leaves every other task's scores alone, so that tasks far from it have no part in what it does to
+those near it: a large set is then reduced to the tasks around the change.
 """
 
 from dataclasses import dataclass
@@ -13,11 +15,8 @@ from model_store.calibration import expected_calibration_error
 from model_store.known_vectors import pick_rows
 
 MAX_TASKS = 16  # measured for one report
-# Of one task, where classes are screened; and no more of all than these scores, vectors times classes, but
-# for MIN_VECTORS of each.
-MAX_VECTORS = 32
-MAX_SCORES = 2**26
-MIN_VECTORS = 4
+MAX_VECTORS = 32  # of one task of a large set
+AROUND = 64  # tasks of a large set in an epoch, around the change
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +58,13 @@ class ImpactReport:
         return max(others, key=lambda impact: impact.accuracy_loss, default=None)
 
 
-def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
-    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on some
-    of it where very many classes make each vector dear."""
+def measure_health(bank: ModuleBank, task: str, max_vectors: int | None = None) -> TaskHealth:
+    """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on at most
+    `max_vectors` of it."""
     module = bank.module(task).whole()
     if len(module.calibration) == 0:
         return TaskHealth(0.0, 0.0, 0.0, 0)
-    row_M = pick_rows(module, _num_vectors(bank) if bank.is_screened else len(module.calibration))
+    row_M = pick_rows(module, len(module.calibration) if max_vectors is None else max_vectors)
     answers = bank.answer_calibration(task, row_M)
     true_labels = [module.labels[k] for k in module.calibration.label_M[row_M].tolist()]
     right_task = [bank.answers_for(answer, task) for answer in answers]
@@ -82,37 +81,45 @@ def measure_health(bank: ModuleBank, task: str) -> TaskHealth:
     )
 
 
-def _num_vectors(bank: ModuleBank) -> int:
-    affordable = MAX_SCORES // (MAX_TASKS * len(bank.task_of_class_K))
-    return min(MAX_VECTORS, max(MIN_VECTORS, affordable))
-
-
 def compare_banks(
     before: ModuleBank, after: ModuleBank, known: dict[str, TaskHealth] | None = None
 ) -> ImpactReport:
     """The impact of replacing `before` by `after`, on at most MAX_TASKS tasks. `known` holds health of
     `before` already measured."""
     known = known or {}
+    num_tasks = len({module.task for module in before.modules} | {module.task for module in after.modules})
+    changed = _changed(before, after)
+    max_vectors = MAX_VECTORS if before.is_screened or after.is_screened else None
+    if num_tasks > AROUND and after.epoch is not None and after.epoch is before.epoch:
+        around = _with_neighbours(before, after, changed, AROUND)
+        before, after = (bank.among(task for task in around if task in bank) for bank in (before, after))
+        known = {}  # among other tasks
 
     def health(bank: ModuleBank, task: str) -> TaskHealth | None:
-        return measure_health(bank, task) if task in bank else None
+        return measure_health(bank, task, max_vectors) if task in bank else None
 
     names = {module.task for bank in (before, after) for module in bank.modules}
-    measured = names if len(names) <= MAX_TASKS else _most_affected(before, after)
+    if len(names) > MAX_TASKS:
+        names = _with_neighbours(before, after, changed, MAX_TASKS)
     return ImpactReport(
         tuple(
             TaskImpact(task, known.get(task) or health(before, task), health(after, task))
-            for task in sorted(measured)
+            for task in sorted(names)
         ),
-        num_unmeasured=len(names) - len(measured),
+        num_unmeasured=num_tasks - len(names),
     )
 
 
-def _most_affected(before: ModuleBank, after: ModuleBank) -> set[str]:
-    """The tasks that changed, and an equal number of neighbours of each."""
+def _changed(before: ModuleBank, after: ModuleBank) -> list[str]:
+    """The tasks that are in one bank alone, or by another module."""
     old, new = ({module.task: module.sha256 for module in bank.modules} for bank in (before, after))
-    changed = sorted(task for task in old.keys() | new.keys() if old.get(task) != new.get(task))[:MAX_TASKS]
-    num_neighbours = (MAX_TASKS - len(changed)) // max(1, len(changed))
+    return sorted(task for task in old.keys() | new.keys() if old.get(task) != new.get(task))
+
+
+def _with_neighbours(before: ModuleBank, after: ModuleBank, changed: list[str], num: int) -> set[str]:
+    """At most `num` tasks: those that changed, and an equal number of neighbours of each."""
+    changed = changed[:num]
+    num_neighbours = (num - len(changed)) // max(1, len(changed))
     neighbours = [
         bank.neighbours(task, num_neighbours)
         for bank in (before, after)

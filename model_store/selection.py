@@ -130,7 +130,8 @@ class WhitenedCosine:
     ) -> "WhitenedCosine":
         """From class means, on the CPU; their mean is the centre unless another is named.
 
-        More than `max_dense_classes` classes (and than features) are screened; None never screens.
+        More than `max_dense_classes` classes (and than features) are screened; None never screens. Whether
+        the classes span everything is asked of those that the metric was fitted on.
         `previous` only saves work, where it has the same metric and centre.
         """
         if max_dense_classes is not None and len(means) > max(max_dense_classes, means.feature_dim):
@@ -145,7 +146,8 @@ class WhitenedCosine:
             centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
         whitened_DK = torch.linalg.solve_triangular(metric.root_DD, offset_KD.T, upper=False)
-        span = ClassSpan.fit(whitened_DK, metric.root_DD) if len(mean_KD) < means.feature_dim else None
+        spans_all = metric.num_classes >= means.feature_dim
+        span = None if spans_all else ClassSpan.fit(whitened_DK, metric.root_DD)
         return cls(means, metric, centre_D, offset_KD, None, (whitened_DK**2).sum(dim=0), span)
 
     def to(self, device: torch.device) -> "WhitenedCosine":

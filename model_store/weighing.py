@@ -56,15 +56,16 @@ class TaskWeighing:
         score_BK[:, self._classes_of(tasks)] = self.selector.scores(cls_BD, tasks)
         return score_BK
 
-    def neighbours(self, t: int) -> list[int]:
-        """The other tasks, those first whose classes look most like those of task `t`."""
+    def neighbours(self, t: int, num: int) -> list[int]:
+        """At most `num` other tasks, those first whose classes look most like those of task `t`."""
         mean_CD = self.joint.modules[t].mean_KD.to(self.task_of_class_K.device)
         is_screened = self.selector.screen is not None
         score_CK = self.selector.screened_scores(mean_CD) if is_screened else self.selector.scores(mean_CD)
         best_T = score_CK.new_full((len(self.joint.modules),), -torch.inf)
         best_T.scatter_reduce_(0, self.task_of_class_K, score_CK.amax(dim=0), reduce="amax")
-        order: list[int] = best_T.argsort(descending=True, stable=True).tolist()
-        return [other for other in order if other != t]
+        best_T[t] = -torch.inf
+        order: list[int] = best_T.argsort(descending=True, stable=True)[: min(num, len(best_T) - 1)].tolist()
+        return order
 
     def _likely_tasks(self, screened_BK: Tensor, threshold: float | None = None) -> Tensor:
         """[B, T] whether a label of the task could be listed for the picture, given what the screen says."""

@@ -11,6 +11,7 @@ import torch
 from random_modules import FEATURE_DIM, backbone_manifest, build_bank, module_bytes, random_cls, random_module
 from torch import Tensor
 
+import model_store.impact
 import model_store.publishing
 import model_store.revision_reader
 from model_store.answers import Answer
@@ -20,6 +21,7 @@ from model_store.deferred import ListedFile, ModuleCache
 from model_store.deferred import module_bytes as bytes_in_memory
 from model_store.epoch import Epoch
 from model_store.errors import Conflict, CorruptStore, InvalidRequest, StoreUnavailable, UnknownModule
+from model_store.impact import compare_banks
 from model_store.known_vectors import unseen_scores
 from model_store.publishing import Publisher
 from model_store.revision_reader import ActiveSet
@@ -151,6 +153,26 @@ def test_calibration_vectors_of_a_later_task_are_left_out_of_its_means_alone() -
 
 def _own_scores(selector: WhitenedCosine, x_D: Tensor, t: int) -> Tensor:
     return selector.scores(x_D[None], [t])[0]
+
+
+def test_a_report_among_the_tasks_around_a_change_finds_what_one_among_all_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_store.impact, "MAX_TASKS", 4)
+    modules = tasks(40)
+    epoch = build_bank(modules).begin_epoch()
+    twin = dataclasses.replace(modules[7], task="twin", sha256="f" * 64)
+    before, after = in_epoch(modules, epoch), in_epoch([*modules, twin], epoch)
+    monkeypatch.setattr(model_store.impact, "AROUND", 1000)
+    among_all = compare_banks(before, after)
+    monkeypatch.setattr(model_store.impact, "AROUND", 10)
+    around = compare_banks(before, after)
+    assert [one.task for one in around.tasks] == [one.task for one in among_all.tasks]
+    assert around.num_unmeasured == among_all.num_unmeasured == 37
+    for one, other in zip(around.tasks, among_all.tasks, strict=True):
+        assert one.accuracy_loss == pytest.approx(other.accuracy_loss, abs=1e-9), one.task
+    worst = around.worst_loss(ignoring="twin")
+    assert worst is not None and worst.task == "task07" and worst.accuracy_loss > 0.3
 
 
 # -- the store ---------------------------------------------------------------------------------------
