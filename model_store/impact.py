@@ -16,7 +16,7 @@ from model_store.known_vectors import pick_rows
 
 MAX_TASKS = 16  # measured for one report
 MAX_VECTORS = 32  # of one task of a large set
-AROUND = 64  # tasks of a large set in an epoch, around the change
+AROUND = 32  # tasks of a large set in an epoch, around the change
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import torch
 
 from model_store.backbone import BackboneManifest
 from model_store.bank import ModuleBank
+from model_store.compute_threads import use_one_compute_thread
 from model_store.deferred import ListedFile, ModuleCache
 from model_store.epoch import Epoch
 from model_store.epoch_file import EpochRecord, read_listing, write_listings
@@ -174,7 +175,7 @@ class RevisionReader:
     def _admitted(self, sha256s: Sequence[str]) -> Iterator[tuple[ModuleFile, str | None]]:
         """Modules of the store, checked, and the trusted signer who vouches for each; some at a time, since
         all of them may be more than fit into memory."""
-        with ThreadPoolExecutor(thread_name_prefix="admit") as pool:
+        with ThreadPoolExecutor(None, "admit", use_one_compute_thread) as pool:
             for start in range(0, len(sha256s), _ADMITTED_TOGETHER):
                 yield from pool.map(self._admit_stored, sha256s[start : start + _ADMITTED_TOGETHER])
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model_store.backbone import Backbone
+from model_store.compute_threads import use_one_compute_thread
 from model_store.deferred import NotInMemory, from_memory_alone
 from service.cls_cache import ClsCache
 from service.errors import DeadlineExceeded, DeviceOutOfMemory, EngineStopped, NotFinite
@@ -71,7 +72,7 @@ class InferenceThread:
         self._drain_s = drain_s
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="module-reader")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, "module-reader", use_one_compute_thread)
         self._busy_since: float | None = None
         self.has_died = False
 

@@ -6,12 +6,14 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from model_store.compute_threads import use_one_compute_thread
+
 
 def make_loader(niceness: int) -> ThreadPoolExecutor:
-    """One thread, and the compute threads it starts, that leave the processors to answers by `niceness`
-    (0 … 19, Linux)."""
+    """One thread, computing by itself, that leaves the processors to answers by `niceness` (0 … 19, Linux)."""
 
     def yield_to_answers() -> None:
+        use_one_compute_thread()
         if sys.platform == "linux" and niceness > 0:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 

@@ -3,8 +3,10 @@
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from service.loader import give_back_memory, make_loader
 
@@ -23,3 +25,16 @@ def test_the_loader_yields_and_nobody_else_does() -> None:
 
 def test_memory_is_given_back_without_a_word() -> None:
     give_back_memory()
+
+
+def test_the_loader_computes_by_itself_and_nobody_else_does() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with make_loader(0) as loader, ThreadPoolExecutor(1) as later:
+            assert loader.submit(torch.get_num_threads).result() == 1
+            assert torch.get_num_threads() == 2
+            assert later.submit(torch.get_num_threads).result() == 2
+            assert loader.submit(torch.get_num_threads).result() == 1
+    finally:
+        torch.set_num_threads(before)
