@@ -1,7 +1,7 @@
-"""The four things a model store asks of its storage: read, write once, list. A folder or an object store.
+"""What a model store asks of its storage: read, write once, list. A folder or an object store.
 
-This is the store's boundary: tests hand in another object with the same four methods, which fails, stops
-or is slow where they want it to.
+This is the store's boundary: tests hand in another object with the same methods, which fails, stops or is
+slow where they want it to.
 """
 
 import contextlib
@@ -22,6 +22,9 @@ class Files(Protocol):
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object; None when there is none."""
+
+    def exists(self, path: str) -> bool:
+        """Whether there is an object; its bytes are not read."""
 
     def put_new(self, path: str, data: bytes) -> bool:
         """Write an object unless it exists; True when this call wrote it. Whole or not at all."""
@@ -46,6 +49,14 @@ class ObjectFiles:
                 return bytes(obstore.get(self._store, path).bytes())
             except FileNotFoundError:
                 return None
+
+    def exists(self, path: str) -> bool:
+        with self._translated():
+            try:
+                obstore.head(self._store, path)
+            except FileNotFoundError:
+                return False
+        return True
 
     def put_new(self, path: str, data: bytes) -> bool:
         with self._translated():

@@ -66,11 +66,12 @@ class Publisher:
         start = store.require_head() if revision is None else store.revision(revision)
         self.backbone: BackboneManifest = store.backbone_manifest(start.backbone_fingerprint)
         self._health: dict[str, TaskHealth] = {}
+        self.newest_known = start.number  # in the store; being loaded while `active` is behind it
         self.active = self._load(start, None)
 
     def refresh(self) -> ActiveSet:
         """Take over revisions that others published. Raises Conflict when the backbone changed."""
-        newest = self.store.head_number(known=self.active.revision.number)
+        newest = self.newest_known = self.store.head_number(known=self.active.revision.number)
         if newest != self.active.revision.number:
             self._switch(self._load(self.store.revision(newest), self.active))
         return self.active
@@ -183,6 +184,7 @@ class Publisher:
 
     def _switch(self, active: ActiveSet) -> None:
         self.active = active
+        self.newest_known = max(self.newest_known, active.revision.number)
         self._health = {}
 
     def _load(self, revision: Revision, previous: ActiveSet | None) -> ActiveSet:

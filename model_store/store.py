@@ -193,6 +193,13 @@ class ModelStore:
         return self.revision(number) if number else None
 
     def head_number(self, known: int = 0) -> int:
+        """The number of the newest revision, 0 in a fresh store.
+
+        Numbers have no gaps, so where nothing is new behind `known` one small request says so; the log is
+        listed only where something is.
+        """
+        if known and not self._files.exists(_revision_path(known + 1)):
+            return known
         return self._newest("revisions", known)
 
     def _newest(self, folder: str, known: int = 0) -> int:

@@ -10,12 +10,17 @@ from typing import TypeVar
 from model_store.errors import ToscaError
 from model_store.publishing import ActiveSet, Outcome, Publisher
 from model_store.signatures import Signature
+from model_store.store import ModelStore
 from service.audit import AuditLog
+from service.errors import RevisionBehind
 from service.loader import give_back_memory, make_loader
+from service.pacing import SingleFlight, jittered
 from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
 Result = TypeVar("Result")
+# Requests for revisions that are not there cost the store no more than this many reads a second.
+_LEAST_SECONDS_BETWEEN_READS = 0.05
 
 
 class TaskRegistry:
@@ -29,14 +34,26 @@ class TaskRegistry:
         give_back_memory()  # of the start
         self._seen_at = time.monotonic()
         self._fault: str | None = None
+        self._refreshing = SingleFlight(self._refresh, _LEAST_SECONDS_BETWEEN_READS)
+        self._switched = asyncio.Event()  # set, and replaced by another, when the active set changes
+        self._is_closed = False
 
     @property
     def active(self) -> ActiveSet:
         return self._publisher.active
 
     @property
+    def store(self) -> ModelStore:
+        return self._publisher.store
+
+    @property
+    def revision_lag(self) -> int:
+        """Revisions known to be in the store and not served yet."""
+        return self._publisher.newest_known - self.active.revision.number
+
+    @property
     def staleness_s(self) -> float:
-        """Seconds since the store was last read."""
+        """Seconds since the newest revision was last asked for, with an answer."""
         return time.monotonic() - self._seen_at
 
     @property
@@ -57,7 +74,8 @@ class TaskRegistry:
         """Publish a module file; see Publisher.register for the faults."""
         if dry_run:
             return await self._run(
-                lambda: self._publisher.register(data, dry_run=True, force=force, signature=signature)
+                lambda: self._publisher.register(data, dry_run=True, force=force, signature=signature),
+                sees_head=True,
             )
         sha256 = hashlib.sha256(data).hexdigest()
         return await self._change(
@@ -101,21 +119,48 @@ class TaskRegistry:
         return await self._run(lambda: question(self._publisher))
 
     async def follow(self, poll_s: float) -> None:
-        """Take over revisions that others publish, for ever. A store that fails is tried again."""
+        """Take over revisions that others publish, for ever, at jittered intervals."""
         while True:
-            await asyncio.sleep(poll_s)
-            try:
-                await self._run(self._publisher.refresh)
-            except Exception as error:  # the follower must outlive any fault: a silent end would be worse
-                if self._fault is None:
-                    is_ours = not isinstance(error, ToscaError)
-                    log.warning(
-                        "serving revision %d, stale: %s",
-                        self.active.revision.number,
-                        error,
-                        exc_info=is_ours,
-                    )
-                self._fault = str(error)[:500] or type(error).__name__
+            await asyncio.sleep(jittered(poll_s))
+            await self._refreshing.joined()
+
+    async def catch_up(self, minimum: int, timeout_s: float) -> None:
+        """Serve revision `minimum` or a later one, reading the store at once where need be.
+
+        However many ask, the store is read once for all of them. Raises RevisionBehind.
+        """
+        if self.active.revision.number >= minimum:
+            return
+        why = "it is not in the store"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._refreshing.fresh()
+            why = self._fault or why
+        except TimeoutError:
+            why = f"the store was not read and loaded within {timeout_s:.3g} s"
+        served = self.active.revision.number
+        if served < minimum:
+            raise RevisionBehind(minimum, served, why)
+
+    async def beyond(self, number: int) -> None:
+        """Wait until a later revision than `number` is served."""
+        while self.active.revision.number <= number:
+            await self._switched.wait()
+
+    async def _refresh(self) -> None:
+        """Read the store. A fault is kept for all to see, and the next time is another try."""
+        try:
+            await self._run(self._publisher.refresh, sees_head=True)
+        except Exception as error:  # the follower must outlive any fault: a silent end would be worse
+            if self._fault is None:
+                is_ours = not isinstance(error, ToscaError)
+                log.warning(
+                    "serving revision %d, stale: %s",
+                    self.active.revision.number,
+                    error,
+                    exc_info=is_ours,
+                )
+            self._fault = str(error)[:500] or type(error).__name__
 
     async def _change(
         self, work: Callable[[], Outcome], action: str, *, author: str | None, **what: object
@@ -136,18 +181,36 @@ class TaskRegistry:
                 )
                 return outcome
 
-        return await self._run(audited)
+        return await self._run(audited, sees_head=True)
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
-        before = self.active
-        result = await asyncio.get_running_loop().run_in_executor(self._loader, work)
-        if self.active is not before:
-            self._loader.submit(give_back_memory)
-        self._seen_at = time.monotonic()
-        if self._fault is not None:
-            log.info("the store answers again")
-            self._fault = None
+    async def _run(self, work: Callable[[], Result], *, sees_head: bool = False) -> Result:
+        """Do work on the loader thread; `sees_head`: it asks the store for its newest revision."""
+        loop = asyncio.get_running_loop()
+        began_at = 0.0
+
+        def told() -> Result:
+            nonlocal began_at
+            before, began_at = self.active, time.monotonic()
+            try:
+                return work()
+            finally:
+                if self.active is not before:  # also where nobody waits for it any more
+                    loop.call_soon_threadsafe(self._tell_switch)
+
+        result = await loop.run_in_executor(self._loader, told)
+        if sees_head:
+            self._seen_at = began_at
+            if self._fault is not None:
+                log.info("the store answers again")
+                self._fault = None
         return result
 
+    def _tell_switch(self) -> None:
+        self._switched.set()
+        self._switched = asyncio.Event()
+        if not self._is_closed:
+            self._loader.submit(give_back_memory)
+
     def close(self) -> None:
+        self._is_closed = True
         self._loader.shutdown()

@@ -108,7 +108,9 @@ class Settings(BaseSettings):
     impact_margin: float = Field(
         DEFAULT_MARGIN, ge=0.0, le=1.0, description="Accuracy another task may lose before a 409."
     )
-    store_poll_s: Seconds = Field(5.0, description="How often to look for others' revisions; 0: never.")
+    store_poll_s: Seconds = Field(
+        5.0, description="How often to look for others' revisions, give or take a fifth; 0: never."
+    )
     stale_after_s: float = Field(
         30.0, gt=0.0, description="Readiness says so when the store was not read for as long."
     )

@@ -23,6 +23,9 @@ class WatchedFiles:
     def get(self, path: str) -> bytes | None:
         return self._do(f"get {path}", lambda: self.inner.get(path))
 
+    def exists(self, path: str) -> bool:
+        return self._do(f"head {path}", lambda: self.inner.exists(path))
+
     def put_new(self, path: str, data: bytes) -> bool:
         return self._do(f"put {path}", lambda: self.inner.put_new(path, data))
 

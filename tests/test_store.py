@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faulty_files import WatchedFiles, watch
 from moto.server import ThreadedMotoServer
 
 from model_store.backbone import BackboneArtefact
@@ -25,6 +26,7 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
+from model_store.object_files import ObjectFiles
 from model_store.store import ModelStore, Revision, with_task, without_task
 
 SHA = "0123456789abcdef" * 4
@@ -261,6 +263,19 @@ def test_the_head_is_found_from_any_known_number(store: ModelStore) -> None:
     for i in range(12):
         store.publish(with_task(f"task{i}", SHA), "")
     assert {store.head_number(known) for known in range(14)} == {13}
+
+
+def test_looking_for_something_new_is_one_small_request(local: ModelStore) -> None:
+    """However long the log is; only where something is new is the log listed, from there on."""
+    for number in range(2, 6):
+        local.publish(lambda revision, number=number: {f"task{number}": SHA}, "test")
+    files = WatchedFiles(ObjectFiles(local.url), watch)
+    store = ModelStore(local.url, files=files)
+    assert store.head_number(known=5) == 5
+    assert files.operations == ["head revisions/000000000006.json"]
+    local.publish(lambda _: {}, "something new")
+    assert store.head_number(known=5) == 6
+    assert files.operations[1:] == ["head revisions/000000000006.json", "list revisions"]
 
 
 @pytest.mark.parametrize("number", [0, -1, 2, 10**15])
