@@ -6,10 +6,12 @@
     modules/<sha256>.safetensors
     signatures/<sha256>/<key id>.json
     revisions/<number>.json
+    replicas/<replica id>.json
 
 Publishing writes the files first and then creates the next revision with put-if-absent, so two writers
 cannot lose each other's work, nothing is ever overwritten, and a crash at any byte leaves the previous
-revision whole. The same code runs on a local folder and on S3, GCS or Azure, through obstore.
+revision whole. The records of replicas alone are overwritten and removed, and no answer depends on them.
+The same code runs on a local folder and on S3, GCS or Azure, through obstore.
 """
 
 import contextlib
@@ -34,6 +36,7 @@ from model_store.errors import (
 )
 from model_store.manifest import Sha256, TaskName
 from model_store.object_files import Files, ObjectFiles
+from model_store.replicas import ReplicaRecords
 from model_store.signatures import Signature
 from model_store.tuning import Tuning
 
@@ -71,6 +74,7 @@ class ModelStore:
         self.url = str(url)
         self.author = author or _default_author()
         self._files = files or ObjectFiles(self.url)
+        self.replicas = ReplicaRecords(self._files)
 
     def __repr__(self) -> str:
         return f"ModelStore({self.url!r})"

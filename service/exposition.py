@@ -58,7 +58,19 @@ def _of_service(state: ServiceState) -> Iterator[Metric]:
     yield _gauge("tosca_ready", "1 while load balancers should send requests.", state.is_ready)
     yield _gauge("tosca_revision", "The revision that answers.", registry.active.revision.number)
     yield _gauge("tosca_tasks", "Active tasks.", len(registry.active.files))
-    yield _gauge("tosca_store_staleness_seconds", "Since the store was last read.", registry.staleness_s)
+    yield _gauge(
+        "tosca_store_staleness_seconds", "Since the newest revision was last asked for.", registry.staleness_s
+    )
+    yield _gauge(
+        "tosca_revision_lag",
+        "Revisions known to be in the store and not served yet.",
+        registry.revision_lag,
+    )
+    yield _gauge(
+        "tosca_replica_record_fault",
+        "1 when this replica could not write its record the last time.",
+        state.replicas.fault is not None,
+    )
     yield _gauge(
         "tosca_store_fault",
         "1 when the store could not be read the last time.",

@@ -124,6 +124,10 @@ class TaskRegistry:
             await asyncio.sleep(jittered(poll_s))
             await self._refreshing.joined()
 
+    async def look(self) -> None:
+        """Take over what is in the store now."""
+        await self._refreshing.fresh()
+
     async def catch_up(self, minimum: int, timeout_s: float) -> None:
         """Serve revision `minimum` or a later one, reading the store at once where need be.
 

@@ -10,6 +10,7 @@ from model_store.impact import ImpactReport, TaskHealth
 from model_store.manifest import Label, TaskName
 from model_store.module_file import ModuleFile
 from model_store.publishing import Outcome
+from model_store.replicas import Replica
 from model_store.selection import Selection
 from model_store.store import Revision
 from service.drift import Drift
@@ -240,6 +241,31 @@ def _impact(report: ImpactReport) -> list[TaskImpactOut]:
         TaskImpactOut(task=one.task, before=HealthOut.of(one.before), after=HealthOut.of(one.after))
         for one in report.tasks
     ]
+
+
+class ReplicaOut(Strict):
+    """A replica by its record in the store."""
+
+    replica_id: str = Field(examples=["host-1f0c9a3e"])
+    is_this: bool = Field(description="Whether it is the one that answers.")
+    is_live: bool = Field(description="Its record is younger than it says records of it get.")
+    revision: int = Field(description="What it served when it wrote its record.", examples=[7])
+    address: str | None = Field(examples=["http://10.0.0.7:8000"])
+    age_s: float = Field(description="Seconds since its record was written, by the store's clock.")
+    lifetime_s: float = Field(description="Seconds after which it counts as gone.", examples=[30.0])
+
+    @classmethod
+    def of(cls, replica: Replica, own_id: str) -> "ReplicaOut":
+        record = replica.record
+        return cls(
+            replica_id=record.replica_id,
+            is_this=record.replica_id == own_id,
+            is_live=replica.is_live,
+            revision=record.revision,
+            address=record.address,
+            age_s=round(replica.age_s, 3),
+            lifetime_s=record.lifetime_s,
+        )
 
 
 class RevisionOut(Strict):

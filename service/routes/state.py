@@ -13,6 +13,7 @@ from service.engine import Engine
 from service.keys import Scope
 from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
+from service.replicas import Replicas
 from service.request_context import current_request
 from service.schemas import ProblemOut
 from service.settings import Settings
@@ -25,6 +26,7 @@ class ServiceState:
     settings: Settings
     engine: Engine
     registry: TaskRegistry
+    replicas: Replicas
     access: Access
     quota: KeyQuota
     repository: ModelRepository
