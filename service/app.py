@@ -163,8 +163,14 @@ def _new_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=[
+                "authorization",
+                "content-type",
+                "x-minimum-revision",
+                "x-request-id",
+                "x-request-timeout",
+            ],
+            expose_headers=["x-request-id", "x-revision", "retry-after"],
         )
     app.add_middleware(CloseWhenDraining, state=app.state)
     app.add_middleware(SecureHeaders)

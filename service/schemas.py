@@ -16,6 +16,7 @@ from model_store.store import Revision
 from service.drift import Drift
 from service.questions import TimedAnswer
 from service.reliability import Reliability
+from service.replicas import Standing
 from service.traffic import TaskTraffic, Traffic
 
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -210,39 +211,6 @@ class TaskImpactOut(Strict):
     after: HealthOut | None
 
 
-class ChangeOut(Strict):
-    """What a change did, or with a dry run would do."""
-
-    revision: int = Field(description="The revision now served.", examples=[8])
-    published: bool = Field(description="False for a dry run, and when nothing had to change.")
-    replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
-    harmed: list[str] = Field(description="Tasks that lose more than the margin.")
-    impact: list[TaskImpactOut]
-    num_unmeasured: int = Field(
-        description="Active tasks left out of the report: of very many, those that changed and the tasks "
-        "whose classes look most like theirs are measured.",
-        examples=[0],
-    )
-
-    @classmethod
-    def of(cls, outcome: Outcome) -> "ChangeOut":
-        return cls(
-            revision=outcome.active.revision.number,
-            published=outcome.published,
-            replaced_sha256=outcome.replaced_sha256,
-            harmed=list(outcome.harmed),
-            impact=_impact(outcome.impact),
-            num_unmeasured=outcome.impact.num_unmeasured,
-        )
-
-
-def _impact(report: ImpactReport) -> list[TaskImpactOut]:
-    return [
-        TaskImpactOut(task=one.task, before=HealthOut.of(one.before), after=HealthOut.of(one.after))
-        for one in report.tasks
-    ]
-
-
 class ReplicaOut(Strict):
     """A replica by its record in the store."""
 
@@ -266,6 +234,61 @@ class ReplicaOut(Strict):
             age_s=round(replica.age_s, 3),
             lifetime_s=record.lifetime_s,
         )
+
+
+class StandingOut(Strict):
+    """How far a change has come among the live replicas, with `wait=all`."""
+
+    all_serve: bool = Field(description="Whether every live replica serves the change, or a later one.")
+    serving: list[ReplicaOut]
+    behind: list[ReplicaOut]
+    fault: str | None = Field(None, description="Why it is not known.")
+
+    @classmethod
+    def of(cls, standing: Standing, own_id: str) -> "StandingOut":
+        return cls(
+            all_serve=standing.all_serve,
+            serving=[ReplicaOut.of(one, own_id) for one in standing.serving],
+            behind=[ReplicaOut.of(one, own_id) for one in standing.behind],
+            fault=standing.fault,
+        )
+
+
+class ChangeOut(Strict):
+    """What a change did, or with a dry run would do."""
+
+    revision: int = Field(
+        description="The revision now served: what X-Minimum-Revision may ask for.", examples=[8]
+    )
+    published: bool = Field(description="False for a dry run, and when nothing had to change.")
+    replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
+    harmed: list[str] = Field(description="Tasks that lose more than the margin.")
+    impact: list[TaskImpactOut]
+    num_unmeasured: int = Field(
+        description="Active tasks left out of the report: of very many, those that changed and the tasks "
+        "whose classes look most like theirs are measured.",
+        examples=[0],
+    )
+    replicas: StandingOut | None = Field(None, description="With `wait=all`: which replicas serve it.")
+
+    @classmethod
+    def of(cls, outcome: Outcome, replicas: StandingOut | None = None) -> "ChangeOut":
+        return cls(
+            revision=outcome.active.revision.number,
+            published=outcome.published,
+            replaced_sha256=outcome.replaced_sha256,
+            harmed=list(outcome.harmed),
+            impact=_impact(outcome.impact),
+            num_unmeasured=outcome.impact.num_unmeasured,
+            replicas=replicas,
+        )
+
+
+def _impact(report: ImpactReport) -> list[TaskImpactOut]:
+    return [
+        TaskImpactOut(task=one.task, before=HealthOut.of(one.before), after=HealthOut.of(one.after))
+        for one in report.tasks
+    ]
 
 
 class RevisionOut(Strict):
@@ -426,3 +449,4 @@ class ProblemOut(BaseModel):
     detail: str = Field(examples=["task 'birds' is not active in revision 7"])
     instance: str = Field(examples=["/tasks/birds"])
     request_id: str | None = Field(None, examples=["4bf92f3577b34da6a3ce929d0e0e4736"])
+    revision: int | None = Field(None, description="With 412: the revision served.", examples=[7])

@@ -249,3 +249,119 @@ def test_the_lag_counts_revisions_that_are_known_and_not_served(join: Join, tiny
     wait_until(lambda: "\ntosca_revision_lag 3.0\n" in client.get("/metrics").text)
     outage.is_on = False
     wait_until(lambda: "\ntosca_revision_lag 0.0\n" in client.get("/metrics").text)
+
+
+# -- wait=all --------------------------------------------------------------------------------------------
+
+
+def ids(standing: dict[str, Any], which: str) -> set[str]:
+    return {one["replica_id"] for one in standing[which]}
+
+
+def own_id(client: TestClient) -> str:
+    (own,) = [one["replica_id"] for one in listed(client) if one["is_this"]]
+    assert isinstance(own, str)
+    return own
+
+
+def test_a_change_that_waits_is_answered_when_every_replica_serves_it(
+    join: Join, make_module: MakeModule
+) -> None:
+    """Adding, replacing, adding the same again, removing and rolling back."""
+    first = join()
+    others = [join(store_poll_s=0.05) for _ in range(2)]
+    everybody = {own_id(one) for one in (first, *others)}
+    changes = [
+        lambda: first.post("/tasks", params={"wait": "all"}, content=make_module("birds", seed=1)),
+        lambda: first.post("/tasks", params={"wait": "all"}, content=make_module("birds", seed=2)),
+        lambda: first.post("/tasks", params={"wait": "all"}, content=make_module("birds", seed=2)),
+        lambda: first.delete("/tasks/birds", params={"wait": "all"}),
+        lambda: first.post("/revisions/2/rollback", params={"wait": "all"}),
+    ]
+    expected = [(201, 2), (201, 3), (200, 3), (200, 4), (200, 5)]
+    for change, (status, revision) in zip(changes, expected, strict=True):
+        response = change()
+        assert (response.status_code, response.json()["revision"]) == (status, revision), response.text
+        assert response.headers["x-revision"] == str(revision)
+        standing = response.json()["replicas"]
+        assert (standing["all_serve"], standing["behind"], standing["fault"]) == (True, [], None)
+        assert ids(standing, "serving") == everybody
+        answers = {one.post("/predict", content=PICTURE).text for one in (first, *others) if revision != 4}
+        assert len(answers) <= 1
+        assert all(one.get("/tasks").json()["revision"] == revision for one in others)
+
+
+def test_a_change_that_waited_in_vain_is_done_and_says_who_is_behind(
+    join: Join, make_module: MakeModule
+) -> None:
+    first, second = join(replica_wait_s=0.3), join()  # which does not follow
+    response = first.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
+    assert response.status_code == 201
+    standing = response.json()["replicas"]
+    assert standing["all_serve"] is False
+    assert (ids(standing, "serving"), ids(standing, "behind")) == ({own_id(first)}, {own_id(second)})
+    assert first.get("/tasks").json()["revision"] == 2
+
+
+def test_a_request_waits_no_longer_than_it_may_take(join: Join, make_module: MakeModule) -> None:
+    """Without its own deadline this would wait for an hour."""
+    first = join(replica_wait_s=3600.0)
+    join()
+    timeout = {"x-request-timeout": "0.5"}
+    response = first.post("/tasks", params={"wait": "all"}, content=make_module("birds"), headers=timeout)
+    assert response.status_code == 201
+    assert len(response.json()["replicas"]["behind"]) == 1
+
+
+def test_a_replica_that_lapses_is_waited_for_no_more(
+    join: Join, tiny_store: ModelStore, make_module: MakeModule
+) -> None:
+    tiny_store.replicas.write("killed", 1, 1.0)
+    first = join(replica_wait_s=60.0)
+    response = first.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
+    assert response.json()["replicas"]["all_serve"] is True
+    assert [one["is_live"] for one in listed(first) if one["replica_id"] == "killed"] == [False]
+
+
+def test_where_records_cannot_be_read_the_change_is_done_and_says_so(
+    join: Join, make_module: MakeModule
+) -> None:
+    outage = Outage(only="list replicas")
+    client = join(outage, replica_wait_s=0.2)
+    outage.is_on = True
+    response = client.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
+    assert response.status_code == 201
+    standing = response.json()["replicas"]
+    assert (standing["all_serve"], standing["serving"], standing["behind"]) == (False, [], [])
+    assert "away" in standing["fault"]
+    assert client.get("/replicas").status_code == 503
+
+
+def test_waiting_for_replicas_that_nobody_knows_is_refused_before_anything_is_done(
+    tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
+) -> None:
+    with replica(tiny_store, tiny_backbone, replica_heartbeat_s=0.0) as client:
+        refused = client.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
+        assert refused.status_code == 422
+        assert "TOSCA_REPLICA_HEARTBEAT_S" in refused.json()["detail"]
+        assert client.get("/tasks").json()["revision"] == 1
+
+
+def test_a_dry_run_waits_for_nobody(join: Join, make_module: MakeModule) -> None:
+    first = join(replica_wait_s=3600.0)
+    join()
+    params = {"wait": "all", "dry_run": "true"}
+    response = first.post("/tasks", params=params, content=make_module("birds"))
+    assert (response.status_code, response.json()["replicas"]) == (200, None)
+
+
+def test_who_starts_serves_what_was_published_before_its_record_was_seen(
+    join: Join, tiny_store: ModelStore
+) -> None:
+    """A revision that appears between the loading of the bank and the first record is taken over at once."""
+
+    def publish_meanwhile(number: int, moment: str, what: str) -> None:
+        if moment == "after" and what.startswith("overwrite replicas/") and tiny_store.head_number() == 1:
+            tiny_store.publish(lambda _: {}, "just before the record was seen")
+
+    assert join(publish_meanwhile).get("/tasks").json()["revision"] == 2
