@@ -195,3 +195,32 @@ def test_the_open_inference_protocol_takes_the_header_too(
         assert unloaded.headers["x-revision"] == str(number + 1)
         loaded = client.post("/v2/repository/models/birds/load")
         assert loaded.headers["x-revision"] == str(number + 2)
+
+
+def test_a_read_that_began_before_a_publication_does_not_answer_who_asks_after_it(
+    tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
+) -> None:
+    has_looked, both_wait = threading.Event(), threading.Event()
+
+    def look_and_wait(number: int, moment: str, what: str) -> None:
+        if moment == "after" and what.startswith("head revisions/") and not has_looked.is_set():
+            has_looked.set()
+            assert both_wait.wait(30.0)
+
+    with behind(tiny_store, tiny_backbone, look_and_wait, catch_up_timeout_s=60.0) as (client, _):
+        registry = client.app.state.service.registry
+        catch_up = registry.catch_up
+
+        async def told(*arguments: Any) -> None:
+            if has_looked.is_set():
+                both_wait.set()
+            await catch_up(*arguments)
+
+        registry.catch_up = told
+        with ThreadPoolExecutor(2) as pool:
+            early = pool.submit(lambda: client.get("/tasks", headers=at_least(2)))
+            assert has_looked.wait(30.0)
+            assert publish(tiny_store, make_module("birds")) == 2
+            late = pool.submit(lambda: client.get("/tasks", headers=at_least(2)))
+            assert early.result().status_code == 412
+            assert late.result().json()["revision"] == 2
