@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from model_store.errors import ToscaError
+from model_store.errors import StoreUnavailable, ToscaError
 from model_store.replicas import Replica
 from service.pacing import SingleFlight, jittered
 from service.registry import TaskRegistry
@@ -52,6 +52,7 @@ class Replicas:
         self._heartbeat_s = settings.heartbeat_s
         self._address = settings.replica_address
         self._keep_s = settings.replica_keep_s
+        self._longest_look_s = settings.request_timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="replicas")
         self._looking = SingleFlight(self._look)
         self._fault: str | None = None
@@ -69,8 +70,14 @@ class Replicas:
         return self._fault
 
     async def all(self) -> list[Replica]:
-        """Every replica that has a record, live or not. Raises StoreUnavailable."""
-        return await self._looking.fresh()
+        """Every replica that has a record, live or not. Raises StoreUnavailable, also where it hangs."""
+        try:
+            async with asyncio.timeout(self._longest_look_s):
+                return await self._looking.fresh()
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                f"the records of replicas were not read within {self._longest_look_s:.3g} s"
+            ) from error
 
     async def wait_for(self, revision: int, timeout_s: float) -> Standing:
         """Wait until every live replica serves `revision` or a later one; how it stands then, or in the end.
