@@ -215,5 +215,5 @@ def _load(
     elif settings.require_signature:
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(store, backbone.device, settings.impact_margin, trust=trust)
-    registry = TaskRegistry(publisher, audit, settings.loader_niceness)
+    registry = TaskRegistry(publisher, audit, settings.loader_niceness, settings.store_read_gap_s)
     return Engine(backbone, settings, telemetry), registry

@@ -19,22 +19,27 @@ from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
 Result = TypeVar("Result")
-# Requests for revisions that are not there cost the store no more than this many reads a second.
-_LEAST_SECONDS_BETWEEN_READS = 0.05
 
 
 class TaskRegistry:
     """Holds the active set. Changes run one after another on the loader thread and end in one reference
     assignment inside the publisher, so a reader sees the set before or the set after, never a mixture."""
 
-    def __init__(self, publisher: Publisher, audit: AuditLog, loader_niceness: int = 0) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        audit: AuditLog,
+        loader_niceness: int = 0,
+        least_between_reads_s: float = 0.0,
+    ) -> None:
+        """`least_between_reads_s`: from one look for newer revisions to the next, whoever asks for them."""
         self._publisher = publisher
         self._audit = audit
         self._loader = make_loader(loader_niceness)
         give_back_memory()  # of the start
         self._seen_at = time.monotonic()
         self._fault: str | None = None
-        self._refreshing = SingleFlight(self._refresh, _LEAST_SECONDS_BETWEEN_READS)
+        self._refreshing = SingleFlight(self._refresh, least_between_reads_s)
         self._switched = asyncio.Event()  # set, and replaced by another, when the active set changes
         self._is_closed = False
 

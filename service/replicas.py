@@ -20,7 +20,7 @@ from service.settings import Settings
 
 log = logging.getLogger("tosca.replicas")
 _LIFETIMES = 3  # heartbeats that may be missed before a replica counts as gone
-_LOOK_EVERY_S = 0.25  # while somebody waits for the others
+_LEAST_SECONDS_BETWEEN_LOOKS = 0.25  # at the others' records, however many ask or wait
 _THREADS = 2  # one writes, one reads
 _LONGEST_FAREWELL_S = 2.0
 Result = TypeVar("Result")
@@ -54,7 +54,7 @@ class Replicas:
         self._keep_s = settings.replica_keep_s
         self._longest_look_s = settings.request_timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="replicas")
-        self._looking = SingleFlight(self._look)
+        self._looking = SingleFlight(self._look, _LEAST_SECONDS_BETWEEN_LOOKS)
         self._fault: str | None = None
         self._told = 0  # the revision in the record
         self._collect_at = 0.0
@@ -90,10 +90,8 @@ class Replicas:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ends_at - time.monotonic()):
                     standing = await self._standing(revision)
-            left_s = ends_at - time.monotonic()
-            if standing.all_serve or left_s <= 0.0:
+            if standing.all_serve or time.monotonic() >= ends_at:
                 return standing
-            await asyncio.sleep(min(_LOOK_EVERY_S, left_s))
 
     async def _standing(self, revision: int) -> Standing:
         try:

@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     store_poll_s: Seconds = Field(
         5.0, description="How often to look for others' revisions, give or take a fifth; 0: never."
     )
+    store_read_gap_s: Seconds = Field(
+        0.05,
+        description="Least time between two looks for others' revisions, however many requests ask for newer "
+        "ones than are served.",
+    )
     stale_after_s: float = Field(
         30.0, gt=0.0, description="Readiness says so when the store was not read for as long."
     )

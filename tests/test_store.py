@@ -106,6 +106,20 @@ def test_an_object_that_exists_is_never_overwritten(store: ModelStore) -> None:
     assert store._files.get("modules/x") == b"first"
 
 
+def test_records_of_replicas_alone_are_overwritten_and_removed(store: ModelStore) -> None:
+    """In folders and on S3: overwritten, listed with the storage's time, read again when changed, removed."""
+    store.replicas.write("a", 1, 30.0)
+    store.replicas.write("b", 1, 30.0)
+    other = ModelStore(store.url)
+    assert [(one.record.revision, one.is_live) for one in other.replicas.all()] == [(1, True)] * 2
+    store.replicas.write("a", 2, 30.0, "http://a")
+    assert [one.record.revision for one in other.replicas.all()] == [2, 1]
+    assert all(one.age_s < 30.0 for one in store.replicas.all())
+    store.replicas.remove("a")
+    store.replicas.remove("never there")
+    assert [one.record.replica_id for one in other.replicas.all()] == ["b"]
+
+
 def test_an_unknown_module_is_named(store: ModelStore) -> None:
     with pytest.raises(UnknownModule, match=f"holds no module {SHA}"):
         store.module(SHA)
