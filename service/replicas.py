@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from model_store.errors import StoreUnavailable, ToscaError
@@ -98,32 +98,29 @@ class Replicas:
             live = [one for one in await self.all() if one.is_live]
         except ToscaError as error:
             return Standing((), (), str(error)[:500])
-        serving = tuple(one for one in live if self._serves(one, revision))
+        serving = tuple(one for one in live if one.record.revision >= revision)
         return Standing(serving, tuple(one for one in live if one not in serving))
-
-    def _serves(self, replica: Replica, revision: int) -> bool:
-        if replica.record.replica_id == self.own_id:  # known at first hand
-            return self._registry.active.revision.number >= revision
-        return replica.record.revision >= revision
 
     @contextlib.asynccontextmanager
     async def present(self) -> AsyncIterator[None]:
         """Keep this replica's record while the block runs, and remove it in the end."""
-        if not self.are_known:
-            yield
-            self._threads.shutdown(wait=False)
-            return
-        # In this order: wait=all of another replica sees the record, or has published what is read here.
-        await self._say()
-        await self._registry.look()
-        beating = asyncio.create_task(self._beat())
         try:
-            yield
+            if not self.are_known:
+                yield
+                return
+            # In this order: wait=all of another replica sees the record, or has published what is read here.
+            await self._say()
+            await self._registry.look()
+            beating = asyncio.create_task(self._beat())
+            try:
+                yield
+            finally:
+                beating.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await beating
+                await self._leave()
         finally:
-            beating.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await beating
-            await self._leave()
+            self._threads.shutdown(wait=False)
 
     async def _beat(self) -> None:
         """Write the record at every heartbeat, and at once when another revision is served; for ever."""
@@ -155,8 +152,16 @@ class Replicas:
         self._records.write(self.own_id, self._told, _LIFETIMES * self._heartbeat_s, self._address)
         if time.monotonic() >= self._collect_at:
             self._collect_at = time.monotonic() + self._keep_s
-            if num := self._records.collect(self._keep_s):
-                log.info("removed the records of %d replicas that are gone", num)
+            self._collect()
+
+    def _collect(self) -> None:
+        """Tidy up after replicas that are gone; where that may not be done, their records stay."""
+        try:
+            num = self._records.collect(self._keep_s)
+        except ToscaError as error:
+            log.warning("the records of replicas that are gone stay: %s", error)
+        else:
+            log.log(logging.INFO if num else logging.DEBUG, "removed the records of %d dead replicas", num)
 
     async def _leave(self) -> None:
         """Remove the record; where the store does not answer, it lapses by itself."""
@@ -164,10 +169,15 @@ class Replicas:
             with contextlib.suppress(TimeoutError, ToscaError):
                 async with asyncio.timeout(_LONGEST_FAREWELL_S):
                     await self._in_thread(lambda: self._records.remove(self.own_id))
-        self._threads.shutdown(wait=False)
 
     async def _look(self) -> list[Replica]:
-        return await self._in_thread(self._records.all)
+        found = await self._in_thread(self._records.all)
+        return [self._at_first_hand(one) if one.record.replica_id == self.own_id else one for one in found]
+
+    def _at_first_hand(self, own: Replica) -> Replica:
+        """This replica as it is now, which its record may not say yet."""
+        served = {"revision": self._registry.active.revision.number}
+        return replace(own, record=own.record.model_copy(update=served))
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         """Off the event loop, and not on the loader thread, which may be at work on a bank for long."""

@@ -240,6 +240,28 @@ def test_records_left_behind_are_collected_by_who_starts(join: Join, tiny_store:
     assert only["is_this"]
 
 
+def test_records_that_may_not_be_removed_stay_and_nothing_else_happens(
+    join: Join, tiny_store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_store.replicas.write("left-behind", 1, 1.0)
+    stamp(Path(tiny_store.url), "left-behind", time.time() - 7200.0)
+    client = join(Outage(is_on=True, only="delete"))
+    assert [one["is_live"] for one in listed(client)].count(True) == 1
+    assert len(listed(client)) == 2
+    assert "\ntosca_replica_record_fault 0.0\n" in client.get("/metrics").text
+    assert "stay: no answer" in caplog.text
+
+
+def test_a_replica_knows_of_itself_what_its_record_does_not_say_yet(
+    join: Join, make_module: MakeModule
+) -> None:
+    outage = Outage(only="overwrite")
+    client = join(outage)
+    outage.is_on = True
+    assert client.post("/tasks", content=make_module("birds")).status_code == 201
+    assert [one["revision"] for one in listed(client)] == [2]
+
+
 def test_the_lag_counts_revisions_that_are_known_and_not_served(join: Join, tiny_store: ModelStore) -> None:
     outage = Outage(only="get revisions/")
     client = join(outage, store_poll_s=0.01)
@@ -294,7 +316,7 @@ def test_a_change_that_waits_is_answered_when_every_replica_serves_it(
 def test_a_change_that_waited_in_vain_is_done_and_says_who_is_behind(
     join: Join, make_module: MakeModule
 ) -> None:
-    first, second = join(replica_wait_s=0.3), join()  # which does not follow
+    first, second = join(replica_wait_s=2.0), join()  # which does not follow
     response = first.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
     assert response.status_code == 201
     standing = response.json()["replicas"]
@@ -304,13 +326,13 @@ def test_a_change_that_waited_in_vain_is_done_and_says_who_is_behind(
 
 
 def test_a_request_waits_no_longer_than_it_may_take(join: Join, make_module: MakeModule) -> None:
-    """Without its own deadline this would wait for an hour."""
+    """Without its own deadline this would wait for an hour. On a slow machine the change takes all of it."""
     first = join(replica_wait_s=3600.0)
     join()
     timeout = {"x-request-timeout": "0.5"}
     response = first.post("/tasks", params={"wait": "all"}, content=make_module("birds"), headers=timeout)
     assert response.status_code == 201
-    assert len(response.json()["replicas"]["behind"]) == 1
+    assert response.json()["replicas"]["all_serve"] is False
 
 
 def test_a_replica_that_lapses_is_waited_for_no_more(
@@ -327,7 +349,7 @@ def test_where_records_cannot_be_read_the_change_is_done_and_says_so(
     join: Join, make_module: MakeModule
 ) -> None:
     outage = Outage(only="list replicas")
-    client = join(outage, replica_wait_s=0.2)
+    client = join(outage, replica_wait_s=2.0)
     outage.is_on = True
     response = client.post("/tasks", params={"wait": "all"}, content=make_module("birds"))
     assert response.status_code == 201
