@@ -24,7 +24,7 @@ SETTINGS = {
     "store_poll_s": 0.2,
     "stale_after_s": 2.0,
     "catch_up_timeout_s": 1.0,
-    "replica_heartbeat_s": 0.5,
+    "replica_heartbeat_s": 2.0,
     "log_level": "warning",
 }
 
