@@ -5,6 +5,7 @@ import sys
 
 ALL = (
     "registration",
+    "propagation",
     "runtimes",
     "decoding",
     "training",

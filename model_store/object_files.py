@@ -1,12 +1,16 @@
-"""The four things a model store asks of its storage: read, write once, list. A folder or an object store.
+"""What a model store asks of its storage: read, write once, list. A folder or an object store.
 
-This is the store's boundary: tests hand in another object with the same four methods, which fails, stops
-or is slow where they want it to.
+Only the records of replicas (`model_store.replicas`) are overwritten and removed.
+
+This is the store's boundary: tests hand in another object with the same methods, which fails, stops or is
+slow where they want it to.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -17,17 +21,39 @@ from obstore.store import LocalStore, ObjectStore, from_url
 from model_store.errors import StoreUnavailable
 
 
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What the storage itself says about an object: when it was written, by the storage's clock; `version`
+    changes whenever it is written."""
+
+    name: str
+    modified_at: datetime
+    version: str
+
+
 class Files(Protocol):
-    """Objects by path, written once and never changed. Every method raises StoreUnavailable."""
+    """Objects by path. Every method raises StoreUnavailable."""
 
     def get(self, path: str) -> bytes | None:
         """The bytes of an object; None when there is none."""
 
+    def exists(self, path: str) -> bool:
+        """Whether there is an object; its bytes are not read."""
+
     def put_new(self, path: str, data: bytes) -> bool:
         """Write an object unless it exists; True when this call wrote it. Whole or not at all."""
 
+    def put(self, path: str, data: bytes) -> None:
+        """Write an object over whatever is there. Whole or not at all; a loss of power may undo it."""
+
+    def delete(self, path: str) -> None:
+        """Remove an object if it is there."""
+
     def names(self, folder: str, after: str | None = None) -> Iterator[str]:
         """Names of the objects in a folder, those after the path `after` only."""
+
+    def stamps(self, folder: str) -> Iterator[Stamp]:
+        """What is known of the objects in a folder without reading them."""
 
     def folders(self, folder: str) -> list[str]:
         """Names of the folders in a folder."""
@@ -47,6 +73,14 @@ class ObjectFiles:
             except FileNotFoundError:
                 return None
 
+    def exists(self, path: str) -> bool:
+        with self._translated():
+            try:
+                obstore.head(self._store, path)
+            except FileNotFoundError:
+                return False
+        return True
+
     def put_new(self, path: str, data: bytes) -> bool:
         with self._translated():
             try:
@@ -58,11 +92,28 @@ class ObjectFiles:
                 _sync(self._root, self._root / path)
         return True
 
+    def put(self, path: str, data: bytes) -> None:
+        with self._translated():
+            obstore.put(self._store, path, data, use_multipart=False)
+
+    def delete(self, path: str) -> None:
+        with self._translated(), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, path)
+
     def names(self, folder: str, after: str | None = None) -> Iterator[str]:
         with self._translated():
             for page in obstore.list(self._store, folder, offset=after):
                 for entry in page:
                     yield Path(entry["path"]).name
+
+    def stamps(self, folder: str) -> Iterator[Stamp]:
+        with self._translated():
+            for page in obstore.list(self._store, folder):
+                for entry in page:
+                    modified_at = entry["last_modified"]
+                    yield Stamp(
+                        Path(entry["path"]).name, modified_at, entry["e_tag"] or modified_at.isoformat()
+                    )
 
     def folders(self, folder: str) -> list[str]:
         with self._translated():
@@ -79,9 +130,16 @@ class ObjectFiles:
             raise StoreUnavailable(f"store {self._url} does not answer: {message}") from error
 
 
-def _open(url: str) -> tuple[ObjectStore, Path | None]:
+def folder_of(url: str) -> Path | None:
+    """The folder that a URL or path names; None for an object store."""
     if "://" not in url or url.startswith("file://"):
-        path = Path(url.removeprefix("file://")).expanduser().resolve()
+        return Path(url.removeprefix("file://")).expanduser().resolve()
+    return None
+
+
+def _open(url: str) -> tuple[ObjectStore, Path | None]:
+    path = folder_of(url)
+    if path is not None:
         try:
             return LocalStore(path, mkdir=True), path
         except (BaseError, OSError) as error:

@@ -65,6 +65,7 @@ class Publisher:
         self.backbone: BackboneManifest = store.backbone_manifest(start.backbone_fingerprint)
         self._reader = RevisionReader(store, self.backbone, self.device, self.trust, module_memory_bytes)
         self._health: dict[str, TaskHealth] = {}
+        self.newest_known = start.number  # in the store; being loaded while `active` is behind it
         self.active = self._load(start, None)
 
     @property
@@ -74,7 +75,7 @@ class Publisher:
 
     def refresh(self) -> ActiveSet:
         """Take over revisions that others published. Raises Conflict when the backbone changed."""
-        newest = self.store.head_number(known=self.active.revision.number)
+        newest = self.newest_known = self.store.head_number(known=self.active.revision.number)
         if newest != self.active.revision.number:
             self._switch(self._load(self.store.revision(newest), self.active))
         return self.active
@@ -213,6 +214,7 @@ class Publisher:
 
     def _switch(self, active: ActiveSet) -> None:
         self.active = active
+        self.newest_known = max(self.newest_known, active.revision.number)
         self._health = {}
 
     def _load(self, revision: Revision, previous: ActiveSet | None) -> ActiveSet:

@@ -8,10 +8,12 @@
     revisions/<number>.json
     epochs/<sha256>.safetensors
     listings/<sha256>.safetensors
+    replicas/<replica id>.json
 
 Publishing writes the files first and then creates the next revision with put-if-absent, so two writers
 cannot lose each other's work, nothing is ever overwritten, and a crash at any byte leaves the previous
-revision whole. The same code runs on a local folder and on S3, GCS or Azure, through obstore.
+revision whole. The records of replicas alone are overwritten and removed, and no answer depends on them.
+The same code runs on a local folder and on S3, GCS or Azure, through obstore.
 
 A revision names all its tasks, or how they differ from those of an earlier one that began an epoch
 (docs/decisions/0006): then its file grows with the changes since, and not with the tasks.
@@ -37,6 +39,7 @@ from model_store.errors import (
     UnknownTask,
 )
 from model_store.object_files import Files, ObjectFiles
+from model_store.replicas import ReplicaRecords
 from model_store.revision import EpochRef, Revision, log_file, read_log_file, unchecked_revision
 from model_store.signatures import Signature
 from model_store.tuning import Tuning
@@ -59,6 +62,7 @@ class ModelStore:
         self.author = author or _default_author()
         self._files = files or ObjectFiles(self.url)
         self._began: Revision | None = None
+        self.replicas = ReplicaRecords(self._files)
 
     def __repr__(self) -> str:
         return f"ModelStore({self.url!r})"
@@ -208,6 +212,13 @@ class ModelStore:
         return self.revision(number) if number else None
 
     def head_number(self, known: int = 0) -> int:
+        """The number of the newest revision, 0 in a fresh store.
+
+        Numbers have no gaps, so where nothing is new behind `known` one small request says so; the log is
+        listed only where something is.
+        """
+        if known and not self._files.exists(_revision_path(known + 1)):
+            return known
         return self._newest("revisions", known)
 
     def _newest(self, folder: str, known: int = 0) -> int:

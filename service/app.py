@@ -26,6 +26,7 @@ from service.errors import InvalidSettings
 from service.open_inference.grpc_server import serving_grpc
 from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
+from service.replicas import Replicas
 from service.request_context import TrackRequests
 from service.routes import (
     feedback,
@@ -34,6 +35,7 @@ from service.routes import (
     model_repository,
     open_inference,
     predict,
+    replicas,
     revisions,
     tasks,
     traffic,
@@ -70,15 +72,20 @@ def create_app(
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
                 repository = ModelRepository(registry, settings.max_history)
-                state = ServiceState(settings, engine, registry, access, quota, repository)
+                known = Replicas(registry, settings)
+                state = ServiceState(settings, engine, registry, known, access, quota, repository)
                 app.state.service = state
-                async with _following(registry, settings.store_poll_s), serving_grpc(state):
+                async with (
+                    _following(registry, settings.store_poll_s),
+                    known.present(),
+                    serving_grpc(state),
+                ):
                     state.is_ready = True
                     yield
                     state.is_ready = False
 
     app = _new_app(settings, telemetry, lifespan)
-    routers = [predict.router, feedback.router, tasks.router, traffic.router]
+    routers = [predict.router, feedback.router, tasks.router, traffic.router, replicas.router]
     routers += [open_inference.router, model_repository.router]
     if settings.admin_port is None:
         routers += [tasks.admin_router, revisions.router, model_repository.admin_router]
@@ -93,7 +100,7 @@ def create_admin_app(settings: Settings, main: FastAPI) -> FastAPI:
     """The application of the admin port, over the running parts of `main`: everything, so that the console
     finds all it needs where it came from."""
     app = _new_app(settings, main.state.telemetry, None, main.state)
-    routers = [predict.router, feedback.router, tasks.router, traffic.router]
+    routers = [predict.router, feedback.router, tasks.router, traffic.router, replicas.router]
     routers += [open_inference.router, model_repository.router]
     _include(app, [*routers, tasks.admin_router, revisions.router, model_repository.admin_router])
     _include_metrics(app, settings, "admin")
@@ -156,8 +163,14 @@ def _new_app(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id", "x-request-timeout"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=[
+                "authorization",
+                "content-type",
+                "x-minimum-revision",
+                "x-request-id",
+                "x-request-timeout",
+            ],
+            expose_headers=["x-request-id", "x-revision", "retry-after"],
         )
     app.add_middleware(CloseWhenDraining, state=app.state)
     app.add_middleware(SecureHeaders)
@@ -208,5 +221,11 @@ def _load(
         trust=trust,
         module_memory_bytes=settings.module_memory_bytes,
     )
-    registry = TaskRegistry(publisher, audit, settings.loader_niceness, begins_epochs=settings.begin_epochs)
+    registry = TaskRegistry(
+        publisher,
+        audit,
+        settings.loader_niceness,
+        settings.store_read_gap_s,
+        begins_epochs=settings.begin_epochs,
+    )
     return Engine(backbone, settings, telemetry), registry

@@ -15,6 +15,7 @@ ToscaError
 ├── Forbidden                a key without the scope
 ├── NotFound
 │   └── UnknownVersion       a model is not served in the version asked for
+├── RevisionBehind           a newer revision is asked for than is served
 ├── NotFinite                an answer that is no number
 ├── InvalidKeys              a keys file that cannot be used
 ├── InvalidSettings          settings that contradict each other or are unsafe
@@ -88,6 +89,15 @@ class Forbidden(ToscaError):
 
 class UnknownVersion(NotFound):
     pass
+
+
+class RevisionBehind(ToscaError):
+    """`served` is the revision that answers here, and `minimum` the one asked for."""
+
+    def __init__(self, minimum: int, served: int, why: str) -> None:
+        super().__init__(f"revision {minimum} is asked for, revision {served} is served: {why}")
+        self.minimum = minimum
+        self.served = served
 
 
 class NotFinite(ToscaError):

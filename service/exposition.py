@@ -64,7 +64,19 @@ def _of_service(state: ServiceState) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "tosca_deferred_modules_reads", "Modules read because a task might answer.", value=memory.num_reads
     )
-    yield _gauge("tosca_store_staleness_seconds", "Since the store was last read.", registry.staleness_s)
+    yield _gauge(
+        "tosca_store_staleness_seconds", "Since the newest revision was last asked for.", registry.staleness_s
+    )
+    yield _gauge(
+        "tosca_revision_lag",
+        "Revisions known to be in the store and not served yet.",
+        registry.revision_lag,
+    )
+    yield _gauge(
+        "tosca_replica_record_fault",
+        "1 when this replica could not write its record the last time.",
+        state.replicas.fault is not None,
+    )
     yield _gauge(
         "tosca_store_fault",
         "1 when the store could not be read the last time.",

@@ -10,7 +10,7 @@ from model_store.compute_threads import use_one_compute_thread
 
 
 def make_loader(niceness: int) -> ThreadPoolExecutor:
-    """One thread, computing by itself, that leaves the processors to answers by `niceness` (0 … 19, Linux)."""
+    """One thread, computing by itself, that leaves processors to answers by `niceness` (0 … 19, Linux)."""
 
     def yield_to_answers() -> None:
         use_one_compute_thread()

@@ -36,6 +36,7 @@ STATUS_OF: dict[type[ToscaError], int] = {
     service_faults.Unauthenticated: 401,
     service_faults.Forbidden: 403,
     service_faults.BodyTimeout: 408,
+    service_faults.RevisionBehind: 412,
     service_faults.TooManyRequests: 429,
     service_faults.NotFinite: 500,
     service_faults.Refused: 503,
@@ -75,8 +76,8 @@ def problem(
 def problem_of(error: ToscaError, instance: str) -> JSONResponse:
     """The problem document of a fault; its type is the fault's name, hyphenated."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()
-    headers = _headers_of(error)
-    return problem(status_of(error), kind, str(error), instance, headers)
+    extra = {"revision": error.served} if isinstance(error, service_faults.RevisionBehind) else {}
+    return problem(status_of(error), kind, str(error), instance, _headers_of(error), **extra)
 
 
 def _headers_of(error: ToscaError) -> dict[str, str]:
@@ -85,6 +86,8 @@ def _headers_of(error: ToscaError) -> dict[str, str]:
             return {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
         case faults.StoreUnavailable() | service_faults.AuditUnavailable():
             return {"Retry-After": "5"}
+        case service_faults.RevisionBehind():
+            return {"Retry-After": "1", "X-Revision": str(error.served)}
         case service_faults.Unauthenticated():
             return {"WWW-Authenticate": _CHALLENGE + (', error="invalid_token"' if error.is_wrong else "")}
         case service_faults.Forbidden() if error.scope:

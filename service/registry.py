@@ -14,8 +14,11 @@ from model_store.errors import Conflict, ToscaError
 from model_store.publishing import Outcome, Publisher
 from model_store.revision_reader import ActiveSet
 from model_store.signatures import Signature
+from model_store.store import ModelStore
 from service.audit import AuditLog
+from service.errors import RevisionBehind
 from service.loader import give_back_memory, make_loader
+from service.pacing import SingleFlight, jittered
 from service.request_context import current_request
 
 log = logging.getLogger("tosca.registry")
@@ -32,19 +35,23 @@ class TaskRegistry:
         publisher: Publisher,
         audit: AuditLog,
         loader_niceness: int = 0,
+        least_between_reads_s: float = 0.0,
         *,
         begins_epochs: bool = True,
     ) -> None:
-        """With `begins_epochs` a change after which an epoch is due is followed by one."""
+        """`least_between_reads_s`: from one look for newer revisions to the next, whoever asks for them. With
+        `begins_epochs` a change after which an epoch is due is followed by one."""
         self._begins_epochs = begins_epochs
         self._publisher = publisher
         self._audit = audit
         self._loader = make_loader(loader_niceness)
         give_back_memory()  # of the start
-        self._is_closing = False
-        self._loader.submit(self._prepare, self.active.bank)
         self._seen_at = time.monotonic()
         self._fault: str | None = None
+        self._refreshing = SingleFlight(self._refresh, least_between_reads_s)
+        self._switched = asyncio.Event()  # set, and replaced by another, when the active set changes
+        self._is_closed = False
+        self._loader.submit(self._prepare, self.active.bank)
 
     @property
     def active(self) -> ActiveSet:
@@ -55,8 +62,17 @@ class TaskRegistry:
         return self._publisher.module_memory
 
     @property
+    def store(self) -> ModelStore:
+        return self._publisher.store
+
+    @property
+    def revision_lag(self) -> int:
+        """Revisions known to be in the store and not served yet."""
+        return self._publisher.newest_known - self.active.revision.number
+
+    @property
     def staleness_s(self) -> float:
-        """Seconds since the store was last read."""
+        """Seconds since the newest revision was last asked for, with an answer."""
         return time.monotonic() - self._seen_at
 
     @property
@@ -77,7 +93,8 @@ class TaskRegistry:
         """Publish a module file; see Publisher.register for the faults."""
         if dry_run:
             return await self._run(
-                lambda: self._publisher.register(data, dry_run=True, force=force, signature=signature)
+                lambda: self._publisher.register(data, dry_run=True, force=force, signature=signature),
+                sees_head=True,
             )
         sha256 = hashlib.sha256(data).hexdigest()
         return await self._change(
@@ -121,21 +138,52 @@ class TaskRegistry:
         return await self._run(lambda: question(self._publisher))
 
     async def follow(self, poll_s: float) -> None:
-        """Take over revisions that others publish, for ever. A store that fails is tried again."""
+        """Take over revisions that others publish, for ever, at jittered intervals."""
         while True:
-            await asyncio.sleep(poll_s)
-            try:
-                await self._run(self._publisher.refresh)
-            except Exception as error:  # the follower must outlive any fault: a silent end would be worse
-                if self._fault is None:
-                    is_ours = not isinstance(error, ToscaError)
-                    log.warning(
-                        "serving revision %d, stale: %s",
-                        self.active.revision.number,
-                        error,
-                        exc_info=is_ours,
-                    )
-                self._fault = str(error)[:500] or type(error).__name__
+            await asyncio.sleep(jittered(poll_s))
+            await self._refreshing.joined()
+
+    async def look(self) -> None:
+        """Take over what is in the store now."""
+        await self._refreshing.fresh()
+
+    async def catch_up(self, minimum: int, timeout_s: float) -> None:
+        """Serve revision `minimum` or a later one, reading the store at once where need be.
+
+        However many ask, the store is read once for all of them. Raises RevisionBehind.
+        """
+        if self.active.revision.number >= minimum:
+            return
+        why = "it is not in the store"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._refreshing.fresh()
+            why = self._fault or why
+        except TimeoutError:
+            why = f"the store was not read and loaded within {timeout_s:.3g} s"
+        served = self.active.revision.number
+        if served < minimum:
+            raise RevisionBehind(minimum, served, why)
+
+    async def beyond(self, number: int) -> None:
+        """Wait until a later revision than `number` is served."""
+        while self.active.revision.number <= number:
+            await self._switched.wait()
+
+    async def _refresh(self) -> None:
+        """Read the store. A fault is kept for all to see, and the next time is another try."""
+        try:
+            await self._run(self._publisher.refresh, sees_head=True)
+        except Exception as error:  # the follower must outlive any fault: a silent end would be worse
+            if self._fault is None:
+                is_ours = not isinstance(error, ToscaError)
+                log.warning(
+                    "serving revision %d, stale: %s",
+                    self.active.revision.number,
+                    error,
+                    exc_info=is_ours,
+                )
+            self._fault = str(error)[:500] or type(error).__name__
 
     async def _change(
         self, work: Callable[[], Outcome], action: str, *, author: str | None, **what: object
@@ -156,12 +204,12 @@ class TaskRegistry:
                 )
                 return outcome
 
-        outcome = await self._run(audited)
+        outcome = await self._run(audited, sees_head=True)
         if outcome.published and self._begins_epochs:
-            self._loader.submit(self._begin_epoch_if_due)
+            self._loader.submit(self._begin_epoch_if_due, asyncio.get_running_loop())
         return outcome
 
-    def _begin_epoch_if_due(self) -> None:
+    def _begin_epoch_if_due(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the loader thread, after a change was answered."""
         if not self._publisher.epoch_is_due:
             return
@@ -174,32 +222,48 @@ class TaskRegistry:
         except Exception:  # nobody waits for it; the next change tries again
             log.exception("no epoch could begin")
         else:
-            give_back_memory()
-            self._prepare(self.active.bank)
+            loop.call_soon_threadsafe(self._tell_switch)
 
     def _prepare(self, bank: ModuleBank, first: int = 0) -> None:
         """Spare first answers their wait, a few tasks at a time so that a change need not wait for them all.
         Modules that would have to be read are left for their first answer."""
-        if bank is not self.active.bank or self._is_closing:
+        if bank is not self.active.bank or self._is_closed:
             return
         for module in bank.modules[first : first + _PREPARED_TOGETHER]:
             with from_memory_alone(), contextlib.suppress(NotInMemory):
                 bank.prepare(module.task)
-        if first + _PREPARED_TOGETHER < len(bank) and not self._is_closing:
+        if first + _PREPARED_TOGETHER < len(bank) and not self._is_closed:
             self._loader.submit(self._prepare, bank, first + _PREPARED_TOGETHER)
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
-        before = self.active
-        result = await asyncio.get_running_loop().run_in_executor(self._loader, work)
-        if self.active is not before:
-            self._loader.submit(give_back_memory)
-            self._loader.submit(self._prepare, self.active.bank)
-        self._seen_at = time.monotonic()
-        if self._fault is not None:
-            log.info("the store answers again")
-            self._fault = None
+    async def _run(self, work: Callable[[], Result], *, sees_head: bool = False) -> Result:
+        """Do work on the loader thread; `sees_head`: it asks the store for its newest revision."""
+        loop = asyncio.get_running_loop()
+        began_at = 0.0
+
+        def told() -> Result:
+            nonlocal began_at
+            before, began_at = self.active, time.monotonic()
+            try:
+                return work()
+            finally:
+                if self.active is not before:  # also where nobody waits for it any more
+                    loop.call_soon_threadsafe(self._tell_switch)
+
+        result = await loop.run_in_executor(self._loader, told)
+        if sees_head:
+            self._seen_at = began_at
+            if self._fault is not None:
+                log.info("the store answers again")
+                self._fault = None
         return result
 
+    def _tell_switch(self) -> None:
+        self._switched.set()
+        self._switched = asyncio.Event()
+        if not self._is_closed:
+            self._loader.submit(give_back_memory)
+            self._loader.submit(self._prepare, self.active.bank)
+
     def close(self) -> None:
-        self._is_closing = True
+        self._is_closed = True
         self._loader.shutdown()

@@ -17,7 +17,7 @@ from model_store.console import (
     read_file,
 )
 from model_store.sign_commands import read_signature
-from service.client import Change, Client
+from service.client import Change, Client, Standing
 
 remote_app = typer.Typer(no_args_is_help=True, help="Tasks of a running server, over HTTP.")
 
@@ -32,6 +32,10 @@ KeyOption: TypeAlias = Annotated[
     typer.Option("--key", envvar="TOSCA_API_KEY", help="API key for the server; better as variable."),
 ]
 ReasonOption: TypeAlias = Annotated[str, typer.Option("--reason", help="Kept in the revision.")]
+WaitOption: TypeAlias = Annotated[
+    bool,
+    typer.Option("--wait", help="Until every live replica serves the change; status 1 where some do not."),
+]
 DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 
@@ -91,6 +95,7 @@ def remote_add(
     dry_run: Annotated[bool, typer.Option(help="Only print the impact report.")] = False,
     force: Annotated[bool, typer.Option(help="Go ahead even if another task is harmed.")] = False,
     reason: ReasonOption = "",
+    wait: WaitOption = False,
     server: ServerOption = DEFAULT_SERVER,
     key: KeyOption = None,
     json: JsonOption = False,
@@ -107,6 +112,7 @@ def remote_add(
             force=force,
             reason=reason,
             signature=None if signature is None else signature.model_dump_json(),
+            wait="all" if wait else "this",
         )
     _print_change(change, json)
 
@@ -115,6 +121,7 @@ def remote_add(
 def remote_remove(
     task: str,
     reason: ReasonOption = "",
+    wait: WaitOption = False,
     server: ServerOption = DEFAULT_SERVER,
     key: KeyOption = None,
     json: JsonOption = False,
@@ -124,7 +131,35 @@ def remote_remove(
     Example: tosca remote remove birds --reason "wrong labels"
     """
     with Client(server, key=key) as client:
-        _print_change(client.remove_task(task, reason=reason), json)
+        _print_change(client.remove_task(task, reason=reason, wait="all" if wait else "this"), json)
+
+
+@remote_app.command("replicas")
+def remote_replicas(
+    server: ServerOption = DEFAULT_SERVER, key: KeyOption = None, json: JsonOption = False
+) -> None:
+    """List the servers of the same store and the revision each serves.
+
+    Example: tosca remote replicas
+    """
+    with Client(server, key=key) as client:
+        found = client.replicas()
+    if json:
+        print_json([asdict(one) for one in found])
+        return
+    print_table(
+        ["replica", "state", "revision", "record age", "address"],
+        (
+            (
+                one.replica_id,
+                "live" if one.is_live else "gone",
+                one.revision,
+                f"{one.age_s:.0f} s",
+                one.address or "–",
+            )
+            for one in found
+        ),
+    )
 
 
 @remote_app.command("revisions")
@@ -150,6 +185,7 @@ def remote_revisions(
 def remote_rollback(
     number: Annotated[int, typer.Argument(min=1, help="The revision whose tasks become active again.")],
     reason: ReasonOption = "",
+    wait: WaitOption = False,
     server: ServerOption = DEFAULT_SERVER,
     key: KeyOption = None,
     json: JsonOption = False,
@@ -159,15 +195,28 @@ def remote_rollback(
     Example: tosca remote rollback 7
     """
     with Client(server, key=key) as client:
-        _print_change(client.rollback(number, reason=reason), json)
+        _print_change(client.rollback(number, reason=reason, wait="all" if wait else "this"), json)
 
 
 def _print_change(change: Change, json: bool) -> None:
+    """Show a change; ends with status 1 where it was to wait for replicas that do not serve it."""
     if json:
         print_json(asdict(change))
-        return
-    print_impact(change.impact, change.num_unmeasured)
-    if change.published:
-        out.print(f"published as revision {change.revision}")
     else:
-        out.print(f"nothing published; the server stays at revision {change.revision}")
+        print_impact(change.impact, change.num_unmeasured)
+        if change.published:
+            out.print(f"published as revision {change.revision}")
+        else:
+            out.print(f"nothing published; the server stays at revision {change.revision}")
+        if change.replicas is not None:
+            _print_standing(change.replicas)
+    if change.replicas is not None and not change.replicas.all_serve:
+        raise typer.Exit(1)
+
+
+def _print_standing(standing: Standing) -> None:
+    out.print(f"served by {len(standing.serving)} replica(s)")
+    for one in standing.behind:
+        out.print(f"not served yet by {one.replica_id}, which is at revision {one.revision}")
+    if standing.fault is not None:
+        out.print(f"not known of all replicas: {standing.fault}")

@@ -9,12 +9,14 @@ from model_store.answers import Answer
 from model_store.impact import ImpactReport, TaskHealth
 from model_store.manifest import Label, TaskName
 from model_store.publishing import Outcome
+from model_store.replicas import Replica
 from model_store.revision import Revision
 from model_store.revision_reader import ActiveFile
 from model_store.selection import Selection
 from service.drift import Drift
 from service.questions import TimedAnswer
 from service.reliability import Reliability
+from service.replicas import Standing
 from service.traffic import TaskTraffic, Traffic
 
 _SHA = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
@@ -209,10 +211,55 @@ class TaskImpactOut(Strict):
     after: HealthOut | None
 
 
+class ReplicaOut(Strict):
+    """A replica by its record in the store."""
+
+    replica_id: str = Field(examples=["host-1f0c9a3e"])
+    is_this: bool = Field(description="Whether it is the one that answers.")
+    is_live: bool = Field(description="Its record is younger than it says records of it get.")
+    revision: int = Field(description="What it served when it wrote its record.", examples=[7])
+    address: str | None = Field(examples=["http://10.0.0.7:8000"])
+    age_s: float = Field(description="Seconds since its record was written, by the store's clock.")
+    lifetime_s: float = Field(description="Seconds after which it counts as gone.", examples=[30.0])
+
+    @classmethod
+    def of(cls, replica: Replica, own_id: str) -> "ReplicaOut":
+        record = replica.record
+        return cls(
+            replica_id=record.replica_id,
+            is_this=record.replica_id == own_id,
+            is_live=replica.is_live,
+            revision=record.revision,
+            address=record.address,
+            age_s=round(replica.age_s, 3),
+            lifetime_s=record.lifetime_s,
+        )
+
+
+class StandingOut(Strict):
+    """How far a change has come among the live replicas, with `wait=all`."""
+
+    all_serve: bool = Field(description="Whether every live replica serves the change, or a later one.")
+    serving: list[ReplicaOut]
+    behind: list[ReplicaOut]
+    fault: str | None = Field(None, description="Why it is not known.")
+
+    @classmethod
+    def of(cls, standing: Standing, own_id: str) -> "StandingOut":
+        return cls(
+            all_serve=standing.all_serve,
+            serving=[ReplicaOut.of(one, own_id) for one in standing.serving],
+            behind=[ReplicaOut.of(one, own_id) for one in standing.behind],
+            fault=standing.fault,
+        )
+
+
 class ChangeOut(Strict):
     """What a change did, or with a dry run would do."""
 
-    revision: int = Field(description="The revision now served.", examples=[8])
+    revision: int = Field(
+        description="The revision now served: what X-Minimum-Revision may ask for.", examples=[8]
+    )
     published: bool = Field(description="False for a dry run, and when nothing had to change.")
     replaced_sha256: str | None = Field(None, description="The module that was active under this name.")
     harmed: list[str] = Field(description="Tasks that lose more than the margin.")
@@ -222,9 +269,10 @@ class ChangeOut(Strict):
         "whose classes look most like theirs are measured.",
         examples=[0],
     )
+    replicas: StandingOut | None = Field(None, description="With `wait=all`: which replicas serve it.")
 
     @classmethod
-    def of(cls, outcome: Outcome) -> "ChangeOut":
+    def of(cls, outcome: Outcome, replicas: StandingOut | None = None) -> "ChangeOut":
         return cls(
             revision=outcome.active.revision.number,
             published=outcome.published,
@@ -232,6 +280,7 @@ class ChangeOut(Strict):
             harmed=list(outcome.harmed),
             impact=_impact(outcome.impact),
             num_unmeasured=outcome.impact.num_unmeasured,
+            replicas=replicas,
         )
 
 
@@ -400,3 +449,4 @@ class ProblemOut(BaseModel):
     detail: str = Field(examples=["task 'birds' is not active in revision 7"])
     instance: str = Field(examples=["/tasks/birds"])
     request_id: str | None = Field(None, examples=["4bf92f3577b34da6a3ce929d0e0e4736"])
+    revision: int | None = Field(None, description="With 412: the revision served.", examples=[7])

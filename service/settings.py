@@ -10,10 +10,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from model_store.console import DEFAULT_STORE
 from model_store.decoding import ImageLimits
 from model_store.deferred import DEFAULT_MAX_BYTES
+from model_store.object_files import folder_of
 from model_store.publishing import DEFAULT_MARGIN
 
 # The least p-value of a task with M calibration vectors is 1/(M + 1): below that it never abstains.
 DEFAULT_ABSTAIN_LEVEL = 0.02
+# Nobody shares a folder unless that was said; an object store is what replicas share.
+_HEARTBEAT_S = 10.0
 
 Bytes = Annotated[int, Field(gt=0)]
 Plane = Literal["main", "admin"]
@@ -116,9 +119,35 @@ class Settings(BaseSettings):
     impact_margin: float = Field(
         DEFAULT_MARGIN, ge=0.0, le=1.0, description="Accuracy another task may lose before a 409."
     )
-    store_poll_s: Seconds = Field(5.0, description="How often to look for others' revisions; 0: never.")
+    store_poll_s: Seconds = Field(
+        5.0, description="How often to look for others' revisions, give or take a fifth; 0: never."
+    )
+    store_read_gap_s: Seconds = Field(
+        0.05,
+        description="Least time between two looks for others' revisions, however many requests ask for newer "
+        "ones than are served.",
+    )
     stale_after_s: float = Field(
         30.0, gt=0.0, description="Readiness says so when the store was not read for as long."
+    )
+    catch_up_timeout_s: float = Field(
+        5.0, gt=0.0, description="Longest that a request waits for the revision it asks for; then 412."
+    )
+    replica_heartbeat_s: Seconds | None = Field(
+        None,
+        le=3600.0,
+        description="How often this replica's record in the store is written, give or take a fifth; others "
+        "count it as gone after three times as long. 0: never; without: 10 s on an object store, never in a "
+        "folder.",
+    )
+    replica_address: str | None = Field(
+        None, max_length=300, description="Where others reach this replica; told in its record."
+    )
+    replica_keep_s: float = Field(
+        3600.0, gt=0.0, description="Records of replicas that are gone for as long are removed."
+    )
+    replica_wait_s: float = Field(
+        30.0, gt=0.0, description="Longest that wait=all waits for the other replicas."
     )
     shutdown_grace_s: Seconds = Field(
         2.0, description="After SIGTERM: not ready, but accepting, for load balancers to notice."
@@ -162,6 +191,13 @@ class Settings(BaseSettings):
     exit_when_dead: bool = Field(
         True, description="End the process when it can answer no more, for a supervisor to start it again."
     )
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds between the records of this replica; 0: it writes none."""
+        if self.replica_heartbeat_s is not None:
+            return self.replica_heartbeat_s
+        return 0.0 if folder_of(self.store) else _HEARTBEAT_S
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from model_store.errors import StoreUnavailable
-from model_store.object_files import Files
+from model_store.object_files import Files, Stamp
 
 Moment = Literal["before", "after"]
 Result = TypeVar("Result")
@@ -23,8 +23,20 @@ class WatchedFiles:
     def get(self, path: str) -> bytes | None:
         return self._do(f"get {path}", lambda: self.inner.get(path))
 
+    def exists(self, path: str) -> bool:
+        return self._do(f"head {path}", lambda: self.inner.exists(path))
+
     def put_new(self, path: str, data: bytes) -> bool:
         return self._do(f"put {path}", lambda: self.inner.put_new(path, data))
+
+    def put(self, path: str, data: bytes) -> None:
+        self._do(f"overwrite {path}", lambda: self.inner.put(path, data))
+
+    def delete(self, path: str) -> None:
+        self._do(f"delete {path}", lambda: self.inner.delete(path))
+
+    def stamps(self, folder: str) -> Iterator[Stamp]:
+        return iter(self._do(f"list {folder}", lambda: list(self.inner.stamps(folder))))
 
     def names(self, folder: str, after: str | None = None) -> Iterator[str]:
         return iter(self._do(f"list {folder}", lambda: list(self.inner.names(folder, after))))

@@ -34,9 +34,14 @@ def running_server(store_url: str, log: Path, **settings: object) -> Iterator[Ru
 
 @contextlib.contextmanager
 def serving_process(
-    command: Sequence[str | Path], store_url: str, log: Path, **settings: object
+    command: Sequence[str | Path],
+    store_url: str,
+    log: Path,
+    *,
+    reached_at: str = "127.0.0.1",
+    **settings: object,
 ) -> Iterator[RunningServer]:
-    """The same with a command of one's own that reads its settings from the environment."""
+    """The same with a command of one's own that reads its settings from the environment, and an address."""
     chosen = {"shutdown_grace_s": 0, "port": free_port(), **settings, "store": store_url}
     port = chosen["port"]
     variables = {f"TOSCA_{name.upper()}": str(value) for name, value in chosen.items()}
@@ -48,7 +53,7 @@ def serving_process(
             stderr=output,
         )
     certificate = chosen.get("tls_certificate")
-    url = f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
+    url = f"{'https' if certificate else 'http'}://{reached_at}:{port}"
     verify = ssl.create_default_context(cafile=str(certificate)) if certificate else False
     try:
         _wait_until_ready(url, process, log, verify)

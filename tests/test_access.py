@@ -224,6 +224,7 @@ ROUTES: list[tuple[str, str, Scope]] = [
     ("GET", "/tasks", "read"),
     ("GET", "/tasks/birds", "read"),
     ("GET", "/traffic", "read"),
+    ("GET", "/replicas", "read"),
     ("GET", "/metrics", "read"),
     ("POST", "/tasks", "admin"),
     ("DELETE", "/tasks/birds", "admin"),

@@ -248,6 +248,91 @@ def test_pictures_are_taken_only_as_they_are_needed() -> None:
         Server().ask(lambda client: client.predict_many([b"picture"], batch_size=0))
 
 
+# -- revisions ---------------------------------------------------------------------------------------------
+
+
+def asked_for(server: Server) -> list[str | None]:
+    return [one.headers.get("x-minimum-revision") for one in server.requests]
+
+
+def test_a_call_asks_for_the_revision_it_names_and_for_no_other() -> None:
+    tasks = {"revision": 9, "backbone_fingerprint": "b" * 64, "tasks": []}
+
+    def calls(client: Any) -> list[Any]:
+        return [
+            client.tasks(minimum_revision=8),
+            client.predict(b"picture", minimum_revision=7),
+            client.predict(b"picture"),
+            client.predict_many([b"picture"], minimum_revision=6),
+            client.predict_each([b"picture"], minimum_revision=5),
+        ]
+
+    async def each(client: Any) -> None:
+        for call in calls(client):
+            await call
+
+    server, asynchronous = (Server(ok(tasks), *(answered() for _ in range(4))) for _ in range(2))
+    server.ask(calls)
+    asynchronous.ask_async(each)
+    assert asked_for(server) == asked_for(asynchronous) == ["8", "7", None, "6", "5"]
+
+
+def test_who_reads_its_own_writes_asks_for_the_newest_revision_it_caused_or_saw() -> None:
+    server = Server(
+        ok(CHANGE),
+        ok({"revision": 11, "backbone_fingerprint": "b" * 64, "tasks": []}),
+        answered(),
+        ok(CHANGE | {"revision": 12}),
+        answered(),
+        answered(),
+    )
+    transport = httpx.MockTransport(server)
+    with Client(URL, read_your_writes=True, transport=transport) as client:
+        client.add_task(b"module")
+        client.tasks()
+        client.predict(b"picture")  # of revision 7: what was seen before counts
+        client.remove_task("birds")
+        client.predict(b"picture", minimum_revision=3)
+        client.predict(b"picture", minimum_revision=20)
+    assert asked_for(server) == [None, "8", "11", "11", "12", "20"]
+
+
+def test_a_replica_that_is_behind_is_asked_again() -> None:
+    server = Server(refused(412, **{"retry-after": "1"}), ok(CHANGE))
+    assert server.ask(lambda client: client.remove_task("birds")).revision == 8
+    assert server.waits_s == [1.0]
+
+
+def test_a_change_says_which_replicas_serve_it() -> None:
+    replica = {
+        "replica_id": "a",
+        "is_this": True,
+        "is_live": True,
+        "revision": 8,
+        "age_s": 0.5,
+        "lifetime_s": 30.0,
+        "address": None,
+        "mood": "a field of a later version",
+    }
+    standing = {"all_serve": False, "serving": [replica], "behind": [replica | {"replica_id": "b"}]}
+    server = Server(*(ok(CHANGE | {"replicas": standing}) for _ in range(3)), ok([replica]))
+
+    def calls(client: Client) -> list[Any]:
+        changes = [
+            client.add_task(b"module", wait="all"),
+            client.remove_task("birds", wait="all"),
+            client.rollback(3, wait="all"),
+        ]
+        return [*changes, client.replicas()]
+
+    *changes, replicas = server.ask(calls)
+    assert [one.url.params.get("wait") for one in server.requests] == ["all"] * 3 + [None]
+    for change in changes:
+        assert change.replicas.all_serve is False
+        assert [one.replica_id for one in (*change.replicas.serving, *change.replicas.behind)] == ["a", "b"]
+    assert [one.replica_id for one in replicas] == ["a"]
+
+
 # -- a real server -----------------------------------------------------------------------------------------
 
 
@@ -262,7 +347,8 @@ def served(
     store.publish(with_task("birds", store.put_module(make_module("birds", seed=1))), "add birds")
     key, token = make_key("client", SCOPES, now=now_utc())
     change_keys(folder / "keys.json", lambda _: (key,))
-    with running_server(store.url, folder / "log", keys_file=folder / "keys.json") as server:
+    settings = {"keys_file": folder / "keys.json", "replica_heartbeat_s": 60.0, "replica_wait_s": 0.5}
+    with running_server(store.url, folder / "log", **settings) as server:
         yield server, token
 
 
@@ -365,6 +451,29 @@ def test_tosca_remote_prints_tables_for_people(
     ):
         result = CliRunner().invoke(remote_app, arguments, env=variables, catch_exceptions=False)
         assert result.exit_code == 0 and expected in result.output
+
+
+def test_tosca_remote_waits_for_replicas_and_fails_when_some_do_not_follow(
+    served: tuple[RunningServer, str], make_module: MakeModule, tmp_path: Path
+) -> None:
+    server, key = served
+    module = tmp_path / "cars.safetensors"
+    module.write_bytes(make_module("cars", seed=2))
+    variables = {"TOSCA_SERVER": server.url, "TOSCA_API_KEY": key}
+
+    def remote(*arguments: str) -> Any:
+        return CliRunner().invoke(remote_app, arguments, env=variables, catch_exceptions=False)
+
+    waited = remote("add", str(module), "--wait")
+    assert waited.exit_code == 0 and "served by 1 replica" in waited.output
+    records = ModelStore(server.log.parent / "store").replicas
+    records.write("sleeper", 1, 3600.0)
+    listed = remote("replicas")
+    assert listed.exit_code == 0 and "sleeper" in listed.output
+    in_vain = remote("remove", "cars", "--wait")
+    assert in_vain.exit_code == 1 and "published as revision" in in_vain.output
+    assert "not served yet by sleeper, which is at revision 1" in in_vain.output
+    records.remove("sleeper")
 
 
 def test_tosca_predict_asks_a_server(served: tuple[RunningServer, str], tmp_path: Path) -> None:

@@ -174,6 +174,21 @@ async def test_faults_have_codes_and_say_what_is_wrong(client: Client) -> None:
     assert "2 raw_input_contents for 1 inputs" in (await client.refused("ModelInfer", two)).details()
 
 
+async def test_a_call_may_ask_for_a_minimum_revision(
+    client: Client, tiny_store: ModelStore, make_module: MakeModule
+) -> None:
+    sha256 = tiny_store.put_module(make_module("trees", seed=3))
+    number = tiny_store.publish(with_task("trees", sha256), "by another replica").number
+    asked = pb.ModelMetadataRequest(name="trees")
+    assert (await client.refused("ModelMetadata", asked)).code() == Code.NOT_FOUND
+    answered = await client("ModelMetadata", asked, metadata=[("x-minimum-revision", str(number))])
+    assert answered.versions == [sha256]
+    for given, code in ((str(number + 1), Code.FAILED_PRECONDITION), ("x", Code.INVALID_ARGUMENT)):
+        refused = await client.refused("ModelMetadata", asked, metadata=[("x-minimum-revision", given)])
+        assert refused.code() == code
+        assert dict(refused.trailing_metadata()).get("x-revision") == (str(number) if given != "x" else None)
+
+
 def test_every_refusal_of_the_table_has_a_code() -> None:
     ours = {status for status in STATUS_OF.values() if status == 500 or status == 408}  # 408 is HTTP's alone
     assert set(STATUS_OF.values()) - ours == set(CODE_OF)

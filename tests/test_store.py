@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from faulty_files import WatchedFiles, watch
 from moto.server import ThreadedMotoServer
 
 from model_store.backbone import BackboneArtefact
@@ -25,6 +26,7 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
+from model_store.object_files import ObjectFiles
 from model_store.revision import Revision
 from model_store.store import ModelStore, with_task, without_task
 
@@ -103,6 +105,20 @@ def test_an_object_that_exists_is_never_overwritten(store: ModelStore) -> None:
     assert store._files.put_new("modules/x", b"first") is True
     assert store._files.put_new("modules/x", b"second") is False
     assert store._files.get("modules/x") == b"first"
+
+
+def test_records_of_replicas_alone_are_overwritten_and_removed(store: ModelStore) -> None:
+    """In folders and on S3: overwritten, listed with the storage's time, read again when changed, removed."""
+    store.replicas.write("a", 1, 30.0)
+    store.replicas.write("b", 1, 30.0)
+    other = ModelStore(store.url)
+    assert [(one.record.revision, one.is_live) for one in other.replicas.all()] == [(1, True)] * 2
+    store.replicas.write("a", 2, 30.0, "http://a")
+    assert [one.record.revision for one in other.replicas.all()] == [2, 1]
+    assert all(one.age_s < 30.0 for one in store.replicas.all())
+    store.replicas.remove("a")
+    store.replicas.remove("never there")
+    assert [one.record.replica_id for one in other.replicas.all()] == ["b"]
 
 
 def test_an_unknown_module_is_named(store: ModelStore) -> None:
@@ -262,6 +278,19 @@ def test_the_head_is_found_from_any_known_number(store: ModelStore) -> None:
     for i in range(12):
         store.publish(with_task(f"task{i}", SHA), "")
     assert {store.head_number(known) for known in range(14)} == {13}
+
+
+def test_looking_for_something_new_is_one_small_request(local: ModelStore) -> None:
+    """However long the log is; only where something is new is the log listed, from there on."""
+    for number in range(2, 6):
+        local.publish(lambda revision, number=number: {f"task{number}": SHA}, "test")
+    files = WatchedFiles(ObjectFiles(local.url), watch)
+    store = ModelStore(local.url, files=files)
+    assert store.head_number(known=5) == 5
+    assert files.operations == ["head revisions/000000000006.json"]
+    local.publish(lambda _: {}, "something new")
+    assert store.head_number(known=5) == 6
+    assert files.operations[1:] == ["head revisions/000000000006.json", "list revisions"]
 
 
 @pytest.mark.parametrize("number", [0, -1, 2, 10**15])

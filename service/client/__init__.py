@@ -13,7 +13,18 @@ from model_store.answers import Choice, Receipt
 from service.client.asynchronous import AsyncClient
 from service.client.calls import Picture, Wishes
 from service.client.errors import ClientError, ServerRefused, ServerUnreachable
-from service.client.results import Change, Health, Prediction, Readiness, Revision, Task, TaskImpact, Tasks
+from service.client.results import (
+    Change,
+    Health,
+    Prediction,
+    Readiness,
+    Replica,
+    Revision,
+    Standing,
+    Task,
+    TaskImpact,
+    Tasks,
+)
 from service.client.retries import Retries
 from service.client.synchronous import Client
 
@@ -28,10 +39,12 @@ __all__ = [
     "Prediction",
     "Readiness",
     "Receipt",
+    "Replica",
     "Retries",
     "Revision",
     "ServerRefused",
     "ServerUnreachable",
+    "Standing",
     "Task",
     "TaskImpact",
     "Tasks",

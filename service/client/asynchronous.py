@@ -11,9 +11,10 @@ import httpx
 from service.client import calls
 from service.client.attempts import attempts, client_options, request_options
 from service.client.batches import counting, in_batches
-from service.client.calls import Call, Picture, Wishes, read_picture
+from service.client.calls import Call, Picture, Wait, Wishes, read_picture
 from service.client.errors import ServerRefused
-from service.client.results import Change, Prediction, Readiness, Revision, Task, Tasks
+from service.client.freshness import Freshness
+from service.client.results import Change, Prediction, Readiness, Replica, Revision, Task, Tasks
 from service.client.retries import Retries
 
 Result = TypeVar("Result")
@@ -29,12 +30,14 @@ class AsyncClient:
         key: str | None = None,
         timeout_s: float = 60.0,
         retries: Retries | None = None,
+        read_your_writes: bool = False,
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._url = url
         self._retries = retries or Retries()
         self._sleep = sleep
+        self._freshness = Freshness(is_remembered=read_your_writes)
         self._http = httpx.AsyncClient(**client_options(url, key, timeout_s), transport=transport)
 
     async def __aenter__(self) -> "AsyncClient":
@@ -58,10 +61,11 @@ class AsyncClient:
         top_k: int | None = None,
         selection: str | None = None,
         coverage: float | None = None,
+        minimum_revision: int | None = None,
     ) -> Prediction:
         wishes = Wishes(task, top_k, selection, coverage)
         data = await asyncio.to_thread(read_picture, picture)
-        return (await self._run(calls.predict([data], wishes)))[0]
+        return (await self._run(calls.predict([data], wishes), minimum_revision))[0]
 
     async def predict_many(
         self,
@@ -71,10 +75,11 @@ class AsyncClient:
         batch_size: int = 16,
         concurrency: int = 2,
         progress: bool = False,
+        minimum_revision: int | None = None,
     ) -> list[Prediction]:
         async def ask(batch: list[Picture]) -> list[Prediction]:
             data = await asyncio.to_thread(lambda: [read_picture(one) for one in batch])
-            return await self._run(calls.predict(data, wishes))
+            return await self._run(calls.predict(data, wishes), minimum_revision)
 
         return await self._in_batches(ask, pictures, batch_size, concurrency, progress)
 
@@ -86,11 +91,12 @@ class AsyncClient:
         batch_size: int = 16,
         concurrency: int = 2,
         progress: bool = False,
+        minimum_revision: int | None = None,
     ) -> list[Prediction | ServerRefused]:
         async def ask(batch: list[Picture]) -> list[Prediction | ServerRefused]:
             data = await asyncio.to_thread(lambda: [read_picture(one) for one in batch])
             try:
-                return [*await self._run(calls.predict(data, wishes))]
+                return [*await self._run(calls.predict(data, wishes), minimum_revision)]
             except ServerRefused as refusal:
                 if not refusal.concerns_a_picture:
                     raise
@@ -132,11 +138,11 @@ class AsyncClient:
     async def ready(self) -> Readiness:
         return await self._run(calls.ready())
 
-    async def tasks(self) -> Tasks:
-        return await self._run(calls.tasks())
+    async def tasks(self, *, minimum_revision: int | None = None) -> Tasks:
+        return await self._run(calls.tasks(), minimum_revision)
 
-    async def task(self, name: str) -> Task:
-        return await self._run(calls.task(name))
+    async def task(self, name: str, *, minimum_revision: int | None = None) -> Task:
+        return await self._run(calls.task(name), minimum_revision)
 
     async def add_task(
         self,
@@ -146,22 +152,33 @@ class AsyncClient:
         force: bool = False,
         reason: str = "",
         signature: str | None = None,
+        wait: Wait = "this",
     ) -> Change:
         call = await asyncio.to_thread(
-            calls.add_task, module, dry_run=dry_run, force=force, reason=reason, signature=signature
+            calls.add_task,
+            module,
+            dry_run=dry_run,
+            force=force,
+            reason=reason,
+            signature=signature,
+            wait=wait,
         )
         return await self._run(call)
 
-    async def remove_task(self, name: str, *, reason: str = "") -> Change:
-        return await self._run(calls.remove_task(name, reason))
+    async def remove_task(self, name: str, *, reason: str = "", wait: Wait = "this") -> Change:
+        return await self._run(calls.remove_task(name, reason, wait))
+
+    async def replicas(self) -> list[Replica]:
+        return await self._run(calls.replicas())
 
     async def revisions(self, limit: int = 50) -> list[Revision]:
         return await self._run(calls.revisions(limit))
 
-    async def rollback(self, number: int, *, reason: str = "") -> Change:
-        return await self._run(calls.rollback(number, reason))
+    async def rollback(self, number: int, *, reason: str = "", wait: Wait = "this") -> Change:
+        return await self._run(calls.rollback(number, reason, wait))
 
-    async def _run(self, call: Call[Result]) -> Result:
+    async def _run(self, call: Call[Result], minimum_revision: int | None = None) -> Result:
+        call = self._freshness.asked(call, minimum_revision)
         options = request_options(call)
         conversation = attempts(call, self._retries, self._url)
         wait_s = next(conversation)
@@ -178,4 +195,4 @@ class AsyncClient:
                 wait_s = conversation.send(outcome)
             except StopIteration as end:
                 result: Result = end.value
-                return result
+                return self._freshness.seen(call, result)

@@ -11,7 +11,8 @@ from service.client.errors import ClientError, ServerRefused, ServerUnreachable
 from service.client.retries import Retries, retry_after_s
 
 Result = TypeVar("Result")
-_TOO_MANY, _NOT_NOW = 429, 503  # the first is refused before anything is done
+_NOT_DONE = (412, 429)  # refused before anything is done: behind the revision asked for, too many
+_NOT_NOW = 503
 # Faults before anything was sent: the call was not done.
 _NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -36,7 +37,7 @@ def attempts(
         else:
             fault = ServerRefused.of(outcome.status_code, _document(outcome), outcome.text)
             status = outcome.status_code
-            may_repeat = status == _TOO_MANY or (status == _NOT_NOW and call.is_repeatable)
+            may_repeat = status in _NOT_DONE or (status == _NOT_NOW and call.is_repeatable)
             wanted_s = retry_after_s(outcome.headers)
         wait_s = retries.wait_s(attempt, wanted_s, waited_s) if may_repeat else None
         if wait_s is None:

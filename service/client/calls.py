@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote
 
-from service.client.results import Change, Prediction, Readiness, Revision, Task, Tasks
+from service.client.results import Change, Prediction, Readiness, Replica, Revision, Task, Tasks
 
 Result = TypeVar("Result")
 
@@ -19,6 +19,7 @@ class Saves(Protocol):
     def save(self, fp: io.BytesIO, format: str) -> object: ...  # noqa: A002 - Pillow's name
 
 
+Wait: TypeAlias = Literal["this", "all"]  # for the replica that is asked, or for all of them
 Picture: TypeAlias = "bytes | str | os.PathLike[str] | Saves"  # a str is a path
 
 
@@ -37,7 +38,7 @@ class Call(Generic[Result]):
     """One request, and what to make of the JSON that answers it.
 
     `is_repeatable`: doing it twice does no more than doing it once, so that it may be sent again after a
-    fault that leaves open whether it was done.
+    fault that leaves open whether it was done. `revision_of`: which revision a result is of, 0 for none.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Call(Generic[Result]):
     files: Sequence[tuple[str, tuple[str, bytes]]] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     is_repeatable: bool = True
+    revision_of: Callable[[Result], int] | None = None
 
 
 def read_picture(picture: Picture) -> bytes:
@@ -64,47 +66,70 @@ def read_picture(picture: Picture) -> bytes:
 def predict(pictures: Sequence[bytes], wishes: Wishes) -> Call[list[Prediction]]:
     query = {name: value for name, value in asdict(wishes).items() if value is not None}
     files = [("image", (str(i), one)) for i, one in enumerate(pictures)]
-    return Call("POST", "/predict", _predictions, query, files=files)
+    return Call("POST", "/predict", _predictions, query, files=files, revision_of=_newest_receipt)
 
 
 def _predictions(data: Any) -> list[Prediction]:
     return [Prediction.of(one) for one in data["predictions"]]
 
 
+def _newest_receipt(predictions: list[Prediction]) -> int:
+    return max((one.receipt.revision for one in predictions), default=0)
+
+
 def ready() -> Call[Readiness]:
-    return Call("GET", "/health/ready", Readiness.of)
+    return Call("GET", "/health/ready", Readiness.of, revision_of=lambda ready: ready.revision)
 
 
 def tasks() -> Call[Tasks]:
-    return Call("GET", "/tasks", Tasks.of)
+    return Call("GET", "/tasks", Tasks.of, revision_of=lambda tasks: tasks.revision)
 
 
 def task(name: str) -> Call[Task]:
     return Call("GET", f"/tasks/{quote(name, safe='')}", Task.of)
 
 
+def replicas() -> Call[list[Replica]]:
+    return Call("GET", "/replicas", lambda data: [Replica.of(one) for one in data])
+
+
 def add_task(
-    module: bytes | str | os.PathLike[str], *, dry_run: bool, force: bool, reason: str, signature: str | None
+    module: bytes | str | os.PathLike[str],
+    *,
+    dry_run: bool,
+    force: bool,
+    reason: str,
+    signature: str | None,
+    wait: Wait,
 ) -> Call[Change]:
     return Call(
         "POST",
         "/tasks",
         Change.of,
-        {"dry_run": dry_run, "force": force, "reason": reason},
+        {"dry_run": dry_run, "force": force, "reason": reason, "wait": wait},
         content=module if isinstance(module, bytes) else Path(module).read_bytes(),
         headers={"content-type": "application/octet-stream"}
         | ({"x-module-signature": signature} if signature is not None else {}),
+        revision_of=_changed_to,
     )
 
 
-def remove_task(name: str, reason: str) -> Call[Change]:
-    path = f"/tasks/{quote(name, safe='')}"
-    return Call("DELETE", path, Change.of, {"reason": reason}, is_repeatable=False)
+def remove_task(name: str, reason: str, wait: Wait) -> Call[Change]:
+    return _change("DELETE", f"/tasks/{quote(name, safe='')}", reason, wait)
 
 
 def revisions(limit: int) -> Call[list[Revision]]:
     return Call("GET", "/revisions", lambda data: [Revision.of(one) for one in data], {"limit": limit})
 
 
-def rollback(number: int, reason: str) -> Call[Change]:
-    return Call("POST", f"/revisions/{number}/rollback", Change.of, {"reason": reason}, is_repeatable=False)
+def rollback(number: int, reason: str, wait: Wait) -> Call[Change]:
+    return _change("POST", f"/revisions/{number}/rollback", reason, wait)
+
+
+def _change(method: str, path: str, reason: str, wait: Wait) -> Call[Change]:
+    query = {"reason": reason, "wait": wait}
+    return Call(method, path, Change.of, query, is_repeatable=False, revision_of=_changed_to)
+
+
+def _changed_to(change: Change) -> int:
+    return change.revision

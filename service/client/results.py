@@ -109,8 +109,44 @@ class TaskImpact:
 
 
 @dataclass(frozen=True, slots=True)
+class Replica:
+    """A server of the same store, by its record there. `age_s` and `lifetime_s`: how old its record is, and
+    at which age it counts as gone."""
+
+    replica_id: str
+    is_this: bool
+    is_live: bool
+    revision: int
+    age_s: float
+    lifetime_s: float
+    address: str | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Replica":
+        return cls(**known_fields(cls, data))
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Which live replicas serve a change and which do not yet; `fault` is why that is not known."""
+
+    all_serve: bool
+    serving: tuple[Replica, ...]
+    behind: tuple[Replica, ...]
+    fault: str | None = None
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Standing":
+        serving, behind = (tuple(Replica.of(one) for one in data[who]) for who in ("serving", "behind"))
+        return cls(data["all_serve"], serving, behind, data.get("fault"))
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
-    """What a change did, or with a dry run would do; `harmed` are tasks that lose more than the margin."""
+    """What a change did, or with a dry run would do; `harmed` are tasks that lose more than the margin.
+
+    `replicas` is there where the change waited for all of them.
+    """
 
     revision: int
     published: bool
@@ -118,10 +154,12 @@ class Change:
     impact: tuple[TaskImpact, ...]
     replaced_sha256: str | None = None
     num_unmeasured: int = 0  # active tasks that the report leaves out
+    replicas: Standing | None = None
 
     @classmethod
     def of(cls, data: Mapping[str, Any]) -> "Change":
         nested = {
+            "replicas": Standing.of(data["replicas"]) if data.get("replicas") else None,
             "harmed": tuple(data["harmed"]),
             "impact": tuple(TaskImpact.of(one) for one in data["impact"]),
         }

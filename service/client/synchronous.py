@@ -13,9 +13,10 @@ import httpx
 from service.client import calls
 from service.client.attempts import attempts, client_options, request_options
 from service.client.batches import counting, in_batches
-from service.client.calls import Call, Picture, Wishes, read_picture
+from service.client.calls import Call, Picture, Wait, Wishes, read_picture
 from service.client.errors import ServerRefused
-from service.client.results import Change, Prediction, Readiness, Revision, Task, Tasks
+from service.client.freshness import Freshness
+from service.client.results import Change, Prediction, Readiness, Replica, Revision, Task, Tasks
 from service.client.retries import Retries
 
 Result = TypeVar("Result")
@@ -31,17 +32,20 @@ class Client:
         key: str | None = None,
         timeout_s: float = 60.0,
         retries: Retries | None = None,
+        read_your_writes: bool = False,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """`url` is that of the main port, or of the admin port for changes where a server has one.
 
-        `key` is an API key; `timeout_s` bounds each wait for the network. `transport` replaces the network,
-        with whatever httpx takes.
+        `key` is an API key; `timeout_s` bounds each wait for the network. With `read_your_writes` every
+        answer is of the newest revision that this client has caused or seen, or of a later one, whichever
+        replica gives it. `transport` replaces the network, with whatever httpx takes.
         """
         self._url = url
         self._retries = retries or Retries()
         self._sleep = sleep
+        self._freshness = Freshness(is_remembered=read_your_writes)
         self._http = httpx.Client(**client_options(url, key, timeout_s), transport=transport)
 
     def __enter__(self) -> "Client":
@@ -65,13 +69,15 @@ class Client:
         top_k: int | None = None,
         selection: str | None = None,
         coverage: float | None = None,
+        minimum_revision: int | None = None,
     ) -> Prediction:
         """The answer to one picture: encoded bytes, a path, or a picture of Pillow.
 
         `task` answers alone if given; `top_k` bounds the alternatives; `coverage` adds a prediction set.
+        The answer is of revision `minimum_revision` or a later one, else ServerRefused (412).
         """
         wishes = Wishes(task, top_k, selection, coverage)
-        return self._run(calls.predict([read_picture(picture)], wishes))[0]
+        return self._run(calls.predict([read_picture(picture)], wishes), minimum_revision)[0]
 
     def predict_many(
         self,
@@ -81,6 +87,7 @@ class Client:
         batch_size: int = 16,
         concurrency: int = 2,
         progress: bool = False,
+        minimum_revision: int | None = None,
     ) -> list[Prediction]:
         """The answers to any number of pictures, in order: `batch_size` a request, `concurrency` requests
         under way. `progress` shows a bar on standard error.
@@ -89,7 +96,7 @@ class Client:
         """
 
         def ask(batch: list[Picture]) -> list[Prediction]:
-            return self._run(calls.predict([read_picture(one) for one in batch], wishes))
+            return self._run(calls.predict([read_picture(one) for one in batch], wishes), minimum_revision)
 
         return self._in_batches(ask, pictures, batch_size, concurrency, progress)
 
@@ -101,13 +108,14 @@ class Client:
         batch_size: int = 16,
         concurrency: int = 2,
         progress: bool = False,
+        minimum_revision: int | None = None,
     ) -> list[Prediction | ServerRefused]:
         """As `predict_many`, but in the place of a picture that the server cannot read stands the refusal."""
 
         def ask(batch: list[Picture]) -> list[Prediction | ServerRefused]:
             data = [read_picture(one) for one in batch]
             try:
-                return [*self._run(calls.predict(data, wishes))]
+                return [*self._run(calls.predict(data, wishes), minimum_revision)]
             except ServerRefused as refusal:
                 if not refusal.concerns_a_picture:
                     raise
@@ -153,11 +161,11 @@ class Client:
         """What the server answers with; ServerRefused while it starts or stops."""
         return self._run(calls.ready())
 
-    def tasks(self) -> Tasks:
-        return self._run(calls.tasks())
+    def tasks(self, *, minimum_revision: int | None = None) -> Tasks:
+        return self._run(calls.tasks(), minimum_revision)
 
-    def task(self, name: str) -> Task:
-        return self._run(calls.task(name))
+    def task(self, name: str, *, minimum_revision: int | None = None) -> Task:
+        return self._run(calls.task(name), minimum_revision)
 
     def add_task(
         self,
@@ -167,27 +175,36 @@ class Client:
         force: bool = False,
         reason: str = "",
         signature: str | None = None,
+        wait: Wait = "this",
     ) -> Change:
         """Register a module file, by its bytes or path; with `dry_run` only measure its impact.
 
         `signature` is the JSON that `tosca sign` writes. Refused where other tasks would be harmed, unless
-        `force` is set.
+        `force` is set. With wait="all" the answer comes when every live replica serves the change, or says
+        which do not; `timeout_s` of the client must be longer than the server waits.
         """
-        call = calls.add_task(module, dry_run=dry_run, force=force, reason=reason, signature=signature)
+        call = calls.add_task(
+            module, dry_run=dry_run, force=force, reason=reason, signature=signature, wait=wait
+        )
         return self._run(call)
 
-    def remove_task(self, name: str, *, reason: str = "") -> Change:
-        return self._run(calls.remove_task(name, reason))
+    def remove_task(self, name: str, *, reason: str = "", wait: Wait = "this") -> Change:
+        return self._run(calls.remove_task(name, reason, wait))
+
+    def replicas(self) -> list[Replica]:
+        """The servers of the same store that keep a record there, those that are gone included."""
+        return self._run(calls.replicas())
 
     def revisions(self, limit: int = 50) -> list[Revision]:
         """The newest revisions, newest first."""
         return self._run(calls.revisions(limit))
 
-    def rollback(self, number: int, *, reason: str = "") -> Change:
+    def rollback(self, number: int, *, reason: str = "", wait: Wait = "this") -> Change:
         """Publish the task set of revision `number` as a new revision."""
-        return self._run(calls.rollback(number, reason))
+        return self._run(calls.rollback(number, reason, wait))
 
-    def _run(self, call: Call[Result]) -> Result:
+    def _run(self, call: Call[Result], minimum_revision: int | None = None) -> Result:
+        call = self._freshness.asked(call, minimum_revision)
         options = request_options(call)
         conversation = attempts(call, self._retries, self._url)
         wait_s = next(conversation)
@@ -204,4 +221,4 @@ class Client:
                 wait_s = conversation.send(outcome)
             except StopIteration as end:
                 result: Result = end.value
-                return result
+                return self._freshness.seen(call, result)

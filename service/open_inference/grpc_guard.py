@@ -11,9 +11,9 @@ import grpc
 from google.protobuf.message import Message
 from starlette.datastructures import Headers
 
-from model_store.errors import ToscaError
+from model_store.errors import InvalidRequest, ToscaError
 from service.access import Caller
-from service.errors import Refused
+from service.errors import Refused, RevisionBehind
 from service.keys import Scope
 from service.problems import status_of
 from service.request_context import RequestContext, context_of, current_request
@@ -30,6 +30,7 @@ CODE_OF = {
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.FAILED_PRECONDITION,
+    412: grpc.StatusCode.FAILED_PRECONDITION,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     415: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
@@ -58,6 +59,7 @@ def guarded(
                 told.caller = caller.name
                 state.access.check(caller, scope)
                 with state.quota.place(caller.key_id, state.engine.drain_s):
+                    await _catch_up(metadata.get("x-minimum-revision"), context, state)
                     answered = await call(request, context, caller)
             code = grpc.StatusCode.OK
             return answered
@@ -85,6 +87,16 @@ def guarded(
     return answer
 
 
+async def _catch_up(minimum: str | None, context: Context, state: ServiceState) -> None:
+    """Serve the revision that a call asks for. Raises InvalidRequest and RevisionBehind."""
+    if minimum is None:
+        return
+    if not (minimum.isascii() and minimum.isdecimal() and 0 < len(minimum) <= 12):
+        raise InvalidRequest(f"x-minimum-revision is {minimum[:32]!r}: expected a revision's number")
+    left_s, timeout_s = context.time_remaining(), state.settings.catch_up_timeout_s
+    await state.registry.catch_up(int(minimum), timeout_s if left_s is None else min(left_s, timeout_s))
+
+
 def _authorization(metadata: dict[str, str]) -> str | None:
     """The Authorization of a call; `x-api-key` may carry the key alone."""
     if (given := metadata.get("authorization")) is not None:
@@ -98,4 +110,6 @@ def _trailing_metadata(error: ToscaError, told: RequestContext) -> tuple[tuple[s
     found = [("x-request-id", told.request_id)]
     if isinstance(error, Refused):
         found.append(("retry-after", str(max(1, math.ceil(error.retry_after_s)))))
+    if isinstance(error, RevisionBehind):
+        found.append(("x-revision", str(error.served)))
     return tuple(found)

@@ -45,8 +45,8 @@ class ModelRepository:
             if name not in names
         ]
 
-    async def load(self, name: str, *, author: str | None, parameters: Mapping[str, Any]) -> None:
-        """Make the module that a task had last active again; nothing, when it is.
+    async def load(self, name: str, *, author: str | None, parameters: Mapping[str, Any]) -> int:
+        """Make the module that a task had last active again, unless it is; the revision then served.
 
         Raises UnknownTask when the history has no such task, and what a registration raises.
         """
@@ -58,14 +58,16 @@ class ModelRepository:
             raise UnknownTask(
                 f"no task {name[:100]!r} in the last {self._max_revisions} revisions of the store"
             )
-        await self._registry.register_stored(
+        outcome = await self._registry.register_stored(
             latest[name], dry_run=False, force=False, reason=f"load {name}", author=author
         )
+        return outcome.active.revision.number
 
-    async def unload(self, name: str, *, author: str | None) -> None:
-        """Take a task out of the active set. Raises UnknownTask."""
+    async def unload(self, name: str, *, author: str | None) -> int:
+        """Take a task out of the active set; the revision then served. Raises UnknownTask."""
         _check_is_task(name)
-        await self._registry.remove(name, reason=f"unload {name}", author=author)
+        outcome = await self._registry.remove(name, reason=f"unload {name}", author=author)
+        return outcome.active.revision.number
 
     def _follow(self, publisher: Publisher) -> Mapping[str, str]:
         """The latest module of every task made for this backbone; no revision is read twice."""

@@ -47,8 +47,8 @@ async def index(request: Request, state: State, _: Reading) -> list[IndexedModel
 async def load(request: Request, state: State, caller: Administering, name: str) -> Response:
     """Make the module that a task had last in the store's history active again."""
     asked = await _read(request, LoadIn)
-    await state.repository.load(name, author=caller.author, parameters=asked.parameters or {})
-    return Response()
+    number = await state.repository.load(name, author=caller.author, parameters=asked.parameters or {})
+    return Response(headers={"x-revision": str(number)})
 
 
 @admin_router.post(
@@ -60,5 +60,5 @@ async def load(request: Request, state: State, caller: Administering, name: str)
 async def unload(request: Request, state: State, caller: Administering, name: str) -> Response:
     """Take a task out of the active set; its module stays in the store."""
     await _read(request, UnloadIn)
-    await state.repository.unload(name, author=caller.author)
-    return Response()
+    number = await state.repository.unload(name, author=caller.author)
+    return Response(headers={"x-revision": str(number)})

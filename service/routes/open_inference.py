@@ -37,7 +37,7 @@ ModelName = Annotated[str, Path(description="`tosca`, or the name of a task.", e
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for refusals with these statuses, and those that any request may get."""
-    every = sorted({*statuses, 401, 403, 408, 413, 422, 429})
+    every = sorted({*statuses, 401, 403, 408, 412, 413, 422, 429})
     return {status: {"description": "Error of the protocol", "model": ErrorOut} for status in every}
 
 

@@ -2,9 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Response
 
 from service.routes.state import Administering, State, problems
+from service.routes.waiting import Waiting
 from service.schemas import ChangeOut, RevisionOut
 
 router = APIRouter(prefix="/revisions", tags=["revisions"])
@@ -23,10 +24,13 @@ async def list_revisions(
 
 @router.post("/{number}/rollback", responses=problems(404, 409, 503))
 async def roll_back(
+    response: Response,
     state: State,
     caller: Administering,
+    waiting: Waiting,
     number: Annotated[int, Path(ge=1, le=10**12 - 1, description="The revision to go back to.")],
     reason: Annotated[str, Query(max_length=1000, description="Kept in the revision.")] = "",
 ) -> ChangeOut:
     """Publish the task set of an old revision as a new revision."""
-    return ChangeOut.of(await state.registry.rollback(number, reason=reason, author=caller.author))
+    outcome = await state.registry.rollback(number, reason=reason, author=caller.author)
+    return await waiting.answer(outcome, response)

@@ -4,15 +4,16 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
-from fastapi import Depends, Request, Security
+from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPBearer
 
 from service.access import Access, Caller
-from service.admission import KeyQuota
+from service.admission import KeyQuota, deadline_s
 from service.engine import Engine
 from service.keys import Scope
 from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
+from service.replicas import Replicas
 from service.request_context import current_request
 from service.schemas import ProblemOut
 from service.settings import Settings
@@ -25,6 +26,7 @@ class ServiceState:
     settings: Settings
     engine: Engine
     registry: TaskRegistry
+    replicas: Replicas
     access: Access
     quota: KeyQuota
     repository: ModelRepository
@@ -45,12 +47,20 @@ State = Annotated[ServiceState, Depends(get_state)]
 
 
 def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
-    """A dependency: the caller, who may act under `scope` and has a place among the requests of its key.
+    """A dependency: the caller, who may act under `scope` and has a place among the requests of its key, once
+    the revision that the request asks for is served.
 
-    Raises Unauthenticated, Forbidden and TooManyRequests, before the body is read.
+    Raises Unauthenticated, Forbidden, TooManyRequests and RevisionBehind, before the body is read.
     """
 
-    async def admitted(request: Request, state: State) -> AsyncIterator[Caller]:
+    async def admitted(
+        request: Request,
+        state: State,
+        x_minimum_revision: Annotated[
+            int | None,
+            Header(ge=1, le=10**12 - 1, description="Answer with this revision or a later one, or with 412."),
+        ] = None,
+    ) -> AsyncIterator[Caller]:
         headers = request.headers
         caller = state.access.identify(headers.get("authorization"))
         if (context := current_request.get()) is not None:
@@ -59,6 +69,11 @@ def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
         if request.method not in ("GET", "HEAD"):
             state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
         with state.quota.place(caller.key_id, state.engine.drain_s):
+            if x_minimum_revision is not None:
+                timeout_s = deadline_s(headers.get("x-request-timeout"), state.settings)
+                await state.registry.catch_up(
+                    x_minimum_revision, min(timeout_s, state.settings.catch_up_timeout_s)
+                )
             yield caller
 
     return admitted
@@ -67,7 +82,7 @@ def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for refusals with these statuses, and those that any request may get."""
     schema = {"application/problem+json": {"schema": ProblemOut.model_json_schema()}}
-    every = sorted({*statuses, 401, 403, 408, 422, 429})
+    every = sorted({*statuses, 401, 403, 408, 412, 422, 429})
     return {status: {"description": "Problem document (RFC 9457)", "content": schema} for status in every}
 
 

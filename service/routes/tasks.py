@@ -7,6 +7,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from model_store.revision_reader import ActiveSet
 from service.payloads import read_module_body, read_signature
 from service.routes.state import Administering, Reading, State, problems
+from service.routes.waiting import Waiting
 from service.schemas import ChangeOut, StoredModule, TaskOut, TasksOut
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
@@ -40,6 +41,7 @@ async def register_task(
     response: Response,
     state: State,
     caller: Administering,
+    waiting: Waiting,
     dry_run: Annotated[bool, Query(description="Only report the impact.")] = False,
     force: Annotated[bool, Query(description="Go ahead even if another task is harmed.")] = False,
     reason: Reason = "",
@@ -64,7 +66,7 @@ async def register_task(
         )
     if not outcome.published:
         response.status_code = 200
-    return ChangeOut.of(outcome)
+    return await waiting.answer(outcome, response, dry_run=dry_run)
 
 
 @router.get("", responses=problems())
@@ -87,9 +89,17 @@ async def show_task(task: str, state: State, _: Reading) -> TaskOut:
 
 
 @admin_router.delete("/{task}", responses=problems(404, 409, 503))
-async def remove_task(task: str, state: State, caller: Administering, reason: Reason = "") -> ChangeOut:
+async def remove_task(
+    task: str,
+    response: Response,
+    state: State,
+    caller: Administering,
+    waiting: Waiting,
+    reason: Reason = "",
+) -> ChangeOut:
     """Take a task out of the active set; answers become what they were without it, bit for bit."""
-    return ChangeOut.of(await state.registry.remove(task, reason=reason, author=caller.author))
+    outcome = await state.registry.remove(task, reason=reason, author=caller.author)
+    return await waiting.answer(outcome, response)
 
 
 def _task(active: ActiveSet, task: str) -> TaskOut:
