@@ -24,6 +24,7 @@ from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
 from service.client import Client, ServerRefused, Wishes
 from service.key_commands import keys_app
+from service.ray_commands import ray_app
 from service.remote_commands import KeyOption, remote_app
 from service.replay_command import replay
 from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
     app.command()(replay)
     app.add_typer(remote_app, name="remote")
     app.add_typer(keys_app, name="keys")
+    app.add_typer(ray_app, name="ray")
 
 
 def serve(
