@@ -35,10 +35,13 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
-def num_workers(num_gpus_each: float) -> int:
-    """Workers that the cluster has room for: one a GPU, or without GPUs one a processor."""
+def room_for_workers(device: str) -> tuple[int, float]:
+    """(how many workers the connected cluster has room for, GPUs of each): one a GPU, unless the device is
+    the CPU or there are none, then one a processor."""
     import ray
 
     resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    available = resources.get("GPU", 0) / num_gpus_each if num_gpus_each else resources.get("CPU", 1)
-    return max(1, int(available))
+    num_gpus = int(resources.get("GPU", 0))
+    if device != "cpu" and num_gpus:
+        return num_gpus, 1.0
+    return max(1, int(resources.get("CPU", 1))), 0.0

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from model_store.backbone import resolve_device
 from model_store.console import err, out, print_json
 from model_store.picture_parts import cut, digest
-from model_store.ray_session import num_workers, ray_session, require_ray
+from model_store.ray_session import ray_session, require_ray, room_for_workers
 from model_store.selection import Selection
 from model_store.store import ModelStore
 
@@ -61,14 +60,14 @@ def predict_in_bulk(
     if missing:
         from model_store.ray_answers import answer_on_ray
 
-        num_gpus_each = float(resolve_device(device).type == "cuda")
         with ray_session(), _progress(num_pictures, num_pictures - num_missing) as progress:
+            room, num_gpus_each = room_for_workers(device)
             for number, answers in answer_on_ray(
                 missing,
                 run,
                 device=device,
                 runtime=runtime,
-                num_workers=workers or num_workers(num_gpus_each),
+                num_workers=workers or room,
                 num_gpus_each=num_gpus_each,
             ):
                 folder.put(number, answers)
