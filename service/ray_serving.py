@@ -11,6 +11,7 @@ and a replica that is to go is taken out of the routers, then waited for, then s
 Example: serve run service.ray_serving:build_app replicas=2
 """
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI
@@ -23,7 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.app import create_app
 from service.errors import EngineStopped, InvalidSettings
+from service.exposition import gather
 from service.logs import configure_logs
+from service.ray_metrics import RayMetrics
 from service.settings import Settings
 
 DEPLOYMENT = "Replica"
@@ -141,13 +144,23 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve, which runs the application's lifespan before the replica gets requests."""
+        replica = serve.get_replica_context().replica_id.unique_id
         self._service = create_app(self._settings)
-        return NameReplica(self._service, serve.get_replica_context().replica_id.unique_id)
+        self._metrics = RayMetrics(replica)
+        return NameReplica(self._service, replica)
 
-    def check_health(self) -> None:
-        """Called by Ray Serve every few seconds; a replica that raises is replaced. Raises EngineStopped."""
-        if self._service is not None:
-            check_engine(self._service, self._settings)
+    async def check_health(self) -> None:
+        """Called by Ray Serve every ten seconds; a replica that raises is replaced. Raises EngineStopped.
+
+        The moment at which the replica's metrics are handed to Ray, too.
+        """
+        if self._service is None:
+            return
+        check_engine(self._service, self._settings)
+        state = getattr(self._service.state, "service", None)
+        if state is not None and self._settings.serves_metrics("main"):
+            families = [*state.engine.telemetry.metrics.registry.collect(), *gather(state)]
+            await asyncio.to_thread(self._metrics.publish, families)
 
 
 def check_engine(service: FastAPI, settings: Settings) -> None:

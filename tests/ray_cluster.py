@@ -29,6 +29,7 @@ class RayCluster:
     address: str
     environment: Mapping[str, str]
     log: Path
+    metrics_url: str
 
     def tosca(self, *arguments: str, **variables: str) -> str:
         """What a `tosca` command prints that has to succeed."""
@@ -73,7 +74,9 @@ def ray_cluster(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Ite
         port = free_port()
         log = Path(environment["RAY_TMPDIR"]) / "head.log"
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block"]
+        metrics_port = free_port()
         options = {
+            "metrics-export-port": metrics_port,
             "node-ip-address": "127.0.0.1",
             "port": port,
             "num-cpus": num_cpus,
@@ -88,7 +91,8 @@ def ray_cluster(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Ite
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
         try:
             _wait_for(log, process)
-            yield RayCluster(f"127.0.0.1:{port}", environment, log)
+            metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+            yield RayCluster(f"127.0.0.1:{port}", environment, log, metrics_url)
         finally:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

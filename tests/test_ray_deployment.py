@@ -1,18 +1,21 @@
 """What Ray Serve is told about a replica, and what it asks one; without a cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from pictures import encoded, noise
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from model_store.backbone import Backbone
 from model_store.store import ModelStore
 from service.app import create_app
 from service.errors import EngineStopped, InvalidSettings
+from service.exposition import gather, render
 from service.settings import Settings
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
@@ -21,6 +24,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from service.ray_commands import ray_app
+from service.ray_metrics import RayMetrics
 from service.ray_serving import Arguments, build_app, check_engine, deployment_options, replica_settings
 
 LOCAL = {"host": "127.0.0.1"}
@@ -99,6 +103,39 @@ def test_a_replica_is_healthy_while_its_engine_is(tiny_store: ModelStore, tiny_b
         with pytest.raises(EngineStopped):
             check_engine(app, settings)
         check_engine(app, settings.model_copy(update={"exit_when_dead": False}))
+
+
+def test_every_sample_of_the_exposition_is_handed_to_ray_with_its_replica(
+    tiny_store: ModelStore, tiny_backbone: Backbone, make_module: Callable[..., bytes]
+) -> None:
+    """Under one set of tags for each name, as Ray wants it, and with the values of /metrics."""
+    given: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+
+    class Recording:
+        def __init__(self, name: str, _: str, tags: tuple[str, ...]) -> None:
+            self._name, self._tags = name, set(tags)
+
+        def set(self, value: float, tags: dict[str, str]) -> None:
+            assert set(tags) == self._tags
+            given[self._name, frozenset(tags.items())] = value
+
+    app = create_app(Settings(store=tiny_store.url), tiny_backbone)
+    with TestClient(app) as client:
+        client.post("/tasks", content=make_module("birds"))
+        client.post("/predict", content=encoded(noise()))
+        state = app.state.service
+        families = [*state.engine.telemetry.metrics.registry.collect(), *gather(state)]
+        RayMetrics("r1", Recording).publish(families)
+        RayMetrics("r1").publish(families)  # Ray has nothing against their names and tags
+    text = render(state.engine.telemetry.metrics, []).decode()
+    expected = {
+        (one.name, frozenset({**one.labels, "replica": "r1"}.items())): one.value
+        for family in text_string_to_metric_families(text)
+        for one in family.samples
+        if one.name.startswith("tosca_")
+    }
+    assert expected and {name: given[name] for name in expected} == expected
+    assert given["tosca_task_images_total", frozenset({("task", "birds"), ("replica", "r1")})] == 1.0
 
 
 @pytest.fixture

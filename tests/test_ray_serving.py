@@ -21,6 +21,7 @@ import httpx
 import pytest
 from churn import find_mismatches
 from pictures import encoded, noise
+from prometheus_client.parser import text_string_to_metric_families
 from ray_cluster import RayCluster, processes_of, ray_cluster, ray_environment
 from serving import free_port
 
@@ -158,6 +159,18 @@ def test_refusals_of_the_service_reach_the_client_through_the_proxy(deployed: De
         assert endless.status_code == 413
         named = client.post("/predict", content=PICTURES[0], headers={"x-request-id": "order-66"})
         assert named.headers.get_list("x-request-id") == ["order-66"]
+
+
+def test_metrics_of_every_replica_are_exported_by_ray(deployed: Deployed) -> None:
+    newest = float(deployed.store.require_head().number)
+    deadline = time.monotonic() + 60.0
+    found: dict[str, float] = {}
+    while time.monotonic() < deadline and sorted(found.values()) != [newest, newest]:
+        time.sleep(0.5)
+        families = text_string_to_metric_families(httpx.get(deployed.cluster.metrics_url).text)
+        samples = [one for family in families for one in family.samples if one.name == "ray_tosca_revision"]
+        found = {one.labels["replica"]: one.value for one in samples}
+    assert sorted(found.values()) == [newest, newest], found
 
 
 def test_a_rolling_update_under_load_fails_no_request(deployed: Deployed, tiny_backbone: Backbone) -> None:
