@@ -12,6 +12,7 @@ ALL = (
     "tasks",
     "cycles",
     "serving",
+    "ray_serve",
     "telemetry",
     "plots",
 )
