@@ -83,7 +83,7 @@ def deploy(
             "num_cpus": cpus,
             "num_gpus": gpus,
             "max_ongoing_requests": max_ongoing,
-            "env": dict(_variable(one) for one in env or ()),
+            "env": dict(environment_variable(one) for one in env or ()),
         },
     )
     ModelStore(settings.store).require_head()  # a clear error before those of a cluster
@@ -202,7 +202,7 @@ def _http_options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _variable(text: str) -> tuple[str, str]:
+def environment_variable(text: str) -> tuple[str, str]:
     """NAME=VALUE, or NAME with the value it has here."""
     name, is_given, value = text.partition("=")
     if not is_given and name not in os.environ:

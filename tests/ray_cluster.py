@@ -68,8 +68,13 @@ def ray_environment() -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Iterator[RayCluster]:
-    """A cluster of one node without a dashboard, on loopback; all its processes end with the block."""
+def ray_cluster(
+    num_cpus: int = 2, object_store_bytes: int = 100 * 2**20, dashboard_port: int | None = None
+) -> Iterator[RayCluster]:
+    """A cluster of one node on loopback; all its processes end with the block.
+
+    `serve deploy` talks to the dashboard, which takes seconds and memory and is left out without a port.
+    """
     with ray_environment() as environment:
         port = free_port()
         log = Path(environment["RAY_TMPDIR"]) / "head.log"
@@ -81,11 +86,13 @@ def ray_cluster(num_cpus: int = 2, object_store_bytes: int = 100 * 2**20) -> Ite
             "port": port,
             "num-cpus": num_cpus,
             "object-store-memory": object_store_bytes,
-            "include-dashboard": "false",
+            "include-dashboard": "false" if dashboard_port is None else "true",
             "temp-dir": environment["RAY_TMPDIR"],
             "dashboard-agent-listen-port": free_port(),
             "ray-client-server-port": free_port(),
         }
+        if dashboard_port is not None:
+            options["dashboard-port"] = dashboard_port
         command += [f"--{name}={value}" for name, value in options.items()]
         with log.open("ab") as output:
             process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)

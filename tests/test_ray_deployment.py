@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from fastapi.testclient import TestClient
 from pictures import encoded, noise
@@ -23,7 +24,7 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from service.ray_commands import ray_app
+from service.ray_commands import environment_variable, ray_app
 from service.ray_metrics import RayMetrics
 from service.ray_serving import Arguments, build_app, check_engine, deployment_options, replica_settings
 
@@ -49,6 +50,15 @@ def test_threads_that_were_asked_for_are_left_as_they_are() -> None:
 
 def test_replicas_may_share_a_gpu() -> None:
     assert options(num_gpus=0.5, num_cpus=2)["ray_actor_options"] == {"num_cpus": 2.0, "num_gpus": 0.5}
+
+
+def test_variables_are_handed_on_to_the_replicas_by_name_or_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    given = dict(map(environment_variable, ["AWS_REGION", "AWS_ENDPOINT_URL=http://a=b"]))
+    assert given == {"AWS_REGION": "eu-central-1", "AWS_ENDPOINT_URL": "http://a=b"}
+    assert options(env=given)["ray_actor_options"]["runtime_env"] == {"env_vars": given}
+    with pytest.raises(typer.BadParameter, match="NOT_SET"):
+        environment_variable("NOT_SET")
 
 
 def test_a_most_of_replicas_turns_autoscaling_on() -> None:

@@ -75,6 +75,7 @@ class Load:
     """Clients that ask without pause; what became of each request."""
 
     url: str
+    token: str = ""
     outcomes: Counter[str] = field(default_factory=Counter)
     answers: list[tuple[int, dict[str, Any]]] = field(default_factory=list)
     by_replica: Counter[str] = field(default_factory=Counter)
@@ -101,7 +102,8 @@ class Load:
         assert self.outcomes.total() >= wanted, f"the load has stopped: {self.outcomes}"
 
     def _ask(self, index: int, stop: threading.Event) -> None:
-        with httpx.Client(base_url=self.url, timeout=60.0) as client:
+        headers = {"authorization": f"Bearer {self.token}"} if self.token else {}
+        with httpx.Client(base_url=self.url, timeout=60.0, headers=headers) as client:
             while not stop.is_set():
                 index = (index + 1) % len(PICTURES)
                 try:
@@ -256,6 +258,48 @@ def test_what_is_under_way_is_answered_when_the_service_ends(
         while (left := list(processes_of(environment["RAY_TMPDIR"]))) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not left, "the command leaves nothing of its cluster"
+
+
+def test_a_config_file_deploys_replicas_that_want_keys_and_follow_the_load(
+    tiny_store: ModelStore, make_module: MakeModule, tmp_path: Path
+) -> None:
+    """`tosca ray config` to `serve deploy`: one replica until there is load, then two, and nobody notices."""
+    tiny_store.publish(with_task("birds", tiny_store.put_module(make_module("birds"))), "add birds")
+    dashboard, url = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
+    keys = {"TOSCA_KEYS_FILE": str(tmp_path / "keys.json"), "TOSCA_CLS_CACHE_BYTES": "0"}
+    with ray_cluster(dashboard_port=int(dashboard.rpartition(":")[2])) as cluster:
+        token = json.loads(cluster.tosca("keys", "create", "app", "--scope", "predict", "--json", **keys))[
+            "token"
+        ]
+        config = tmp_path / "serve.yaml"
+        wanted = ["--max-replicas", "2", "--target-ongoing", "1", "--port", url.rpartition(":")[2]]
+        config.write_text(cluster.tosca("ray", "config", "--store", tiny_store.url, *wanted, **keys))
+        command = [
+            str(Path(sys.executable).with_name("serve")),
+            "deploy",
+            "--address",
+            dashboard,
+            str(config),
+        ]
+        done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=120.0)
+        assert done.returncode == 0, done.stdout + done.stderr
+        deadline = time.monotonic() + 120.0
+        while not is_ready(url) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert len(cluster.replicas) == 1
+        assert httpx.post(f"{url}/predict", content=PICTURES[0]).status_code == 401
+        with Load(url, token).running(num_clients=4) as load:
+            deadline = time.monotonic() + 180.0
+            while len(load.by_replica) < 2 and time.monotonic() < deadline:
+                load.wait_for(20)
+        assert len(load.by_replica) == 2
+        assert set(load.outcomes) == {"200"}, load.outcomes
+
+
+def is_ready(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health/ready", timeout=10.0).is_success
+    return False
 
 
 def wait_for(
