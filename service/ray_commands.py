@@ -1,9 +1,11 @@
 """`tosca ray`: the service on a Ray cluster. Ray itself is imported when a command runs."""
 
+import contextlib
 import importlib.util
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,6 +66,9 @@ def deploy(
             envvar="RAY_ADDRESS", help="A running cluster, host:port or auto; without it, one of its own."
         ),
     ] = None,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print the Serve config file of this, and deploy nothing.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Serve a store with replicas on Ray; deploying again replaces them one by one under load.
@@ -72,6 +77,8 @@ def deploy(
     a cluster on this machine and keeps it until Ctrl-C or SIGTERM, which drains the replicas.
 
     Example: tosca ray deploy --store s3://models/store --replicas 2 --cpus 2 --address auto
+
+    Example: tosca ray deploy --store s3://models/store --max-replicas 8 --config > serve.yaml
     """
     settings, arguments = _read(
         {"store": store, "host": host, "port": port},
@@ -83,70 +90,27 @@ def deploy(
             "num_cpus": cpus,
             "num_gpus": gpus,
             "max_ongoing_requests": max_ongoing,
-            "env": dict(environment_variable(one) for one in env or ()),
+            "env": dict(environment_variable(one) for one in env) if env else None,
         },
     )
+    if config:
+        typer.echo(config_file(settings, arguments), nl=False)
+        return
     ModelStore(settings.store).require_head()  # a clear error before those of a cluster
-    stop = threading.Event()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    from ray import serve
-
-    from service.ray_serving import build_app
-
-    application = build_app(arguments)
-    ray.init(
-        address=address or "local", include_dashboard=None if address else False, log_to_driver=not address
-    )
-    try:
-        serve.start(http_options=_http_options(settings))
-        serve.run(application, name=_APPLICATION, route_prefix="/")
-        url = f"http://{settings.host}:{settings.port}"
+    url = f"http://{settings.host}:{settings.port}"
+    with _connected(address):
+        _deploy(settings, arguments)
         if json:
             print_json({"application": _APPLICATION, "url": url})
         else:
             out.print(f"{_APPLICATION} answers on {url}")
         if address is None:
-            for one in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(one, lambda *_: stop.set())
-            stop.wait()
-            serve.delete(
-                _APPLICATION
-            )  # waits for the replicas; the proxies are still there for their answers
-            serve.shutdown()  # type: ignore[no-untyped-call]
-    finally:
-        ray.shutdown()
+            _wait_for_signal()
+            _drain()
 
 
-@ray_app.command()
-def config(
-    store: StoreOption = None,
-    host: HostOption = None,
-    port: PortOption = None,
-    replicas: ReplicasOption = None,
-    min_replicas: MinOption = None,
-    max_replicas: MaxOption = None,
-    target_ongoing: TargetOption = None,
-    cpus: CpusOption = None,
-    gpus: GpusOption = None,
-    max_ongoing: OngoingOption = None,
-) -> None:
-    """Print the Serve config file of the same deployment, for `serve deploy` and KubeRay.
-
-    Example: tosca ray config --store s3://models/store --replicas 2 --cpus 2 > serve.yaml
-    """
-    settings, arguments = _read(
-        {"store": store, "host": host, "port": port},
-        {
-            "replicas": replicas,
-            "min_replicas": min_replicas,
-            "max_replicas": max_replicas,
-            "target_ongoing_requests": target_ongoing,
-            "num_cpus": cpus,
-            "num_gpus": gpus,
-            "max_ongoing_requests": max_ongoing,
-        },
-    )
+def config_file(settings: Settings, arguments: "Arguments") -> str:
+    """What `serve deploy` and KubeRay take, as YAML. Raises InvalidSettings."""
     import yaml
 
     from service.ray_serving import IMPORT_PATH, build_app
@@ -164,7 +128,50 @@ def config(
             }
         ],
     }
-    typer.echo(yaml.safe_dump(document, sort_keys=False), nl=False)
+    return yaml.safe_dump(document, sort_keys=False)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None) -> Iterator[None]:
+    """A cluster while the block runs: the one at `address`, or one of its own."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if address is None:
+        ray.init(address="local", include_dashboard=False)
+    else:
+        ray.init(address=address, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _deploy(settings: Settings, arguments: "Arguments") -> None:
+    """Returns when the replicas are ready. Raises InvalidSettings, and what Ray Serve does."""
+    from ray import serve
+
+    from service.ray_serving import build_app
+
+    application = build_app(arguments)
+    serve.start(http_options=_http_options(settings))
+    serve.run(application, name=_APPLICATION, route_prefix="/")
+
+
+def _wait_for_signal() -> None:
+    """Until Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda *_: stop.set())
+    stop.wait()
+
+
+def _drain() -> None:
+    """End the replicas once they have answered, while the proxies are still there for the answers."""
+    from ray import serve
+
+    serve.delete(_APPLICATION)
+    serve.shutdown()  # type: ignore[no-untyped-call]
 
 
 def _read(given: dict[str, Any], deployment: dict[str, Any]) -> tuple[Settings, "Arguments"]:

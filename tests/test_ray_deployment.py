@@ -161,8 +161,22 @@ def test_the_config_file_carries_the_settings_and_paths_that_hold_elsewhere(
 ) -> None:
     monkeypatch.setenv("TOSCA_STORE_POLL_S", "0.5")
     monkeypatch.setenv("TOSCA_KEYS_FILE", "keys.json")
-    command = ["config", "--store", "s", "--replicas", "2", "--gpus", "0.5", "--port", "9000"]
-    written = CliRunner().invoke(ray_app, command, catch_exceptions=False)
+    command = [
+        "ray",
+        "deploy",
+        "--config",
+        "--store",
+        "s",
+        "--replicas",
+        "2",
+        "--gpus",
+        "0.5",
+        "--port",
+        "9000",
+    ]
+    app = typer.Typer()
+    app.add_typer(ray_app, name="ray")
+    written = CliRunner().invoke(app, command, catch_exceptions=False)
     document = yaml.safe_load(written.output)
     (application,) = ServeDeploySchema(**document).applications
     assert document["http_options"]["port"] == 9000

@@ -263,7 +263,7 @@ def test_what_is_under_way_is_answered_when_the_service_ends(
 def test_a_config_file_deploys_replicas_that_want_keys_and_follow_the_load(
     tiny_store: ModelStore, make_module: MakeModule, tmp_path: Path
 ) -> None:
-    """`tosca ray config` to `serve deploy`: one replica until there is load, then two, and nobody notices."""
+    """`tosca ray deploy --config` to `serve deploy`: one replica until there is load, then two, and nobody notices."""
     tiny_store.publish(with_task("birds", tiny_store.put_module(make_module("birds"))), "add birds")
     dashboard, url = f"http://127.0.0.1:{free_port()}", f"http://127.0.0.1:{free_port()}"
     keys = {"TOSCA_KEYS_FILE": str(tmp_path / "keys.json"), "TOSCA_CLS_CACHE_BYTES": "0"}
@@ -273,7 +273,9 @@ def test_a_config_file_deploys_replicas_that_want_keys_and_follow_the_load(
         ]
         config = tmp_path / "serve.yaml"
         wanted = ["--max-replicas", "2", "--target-ongoing", "1", "--port", url.rpartition(":")[2]]
-        config.write_text(cluster.tosca("ray", "config", "--store", tiny_store.url, *wanted, **keys))
+        config.write_text(
+            cluster.tosca("ray", "deploy", "--config", "--store", tiny_store.url, *wanted, **keys)
+        )
         command = [
             str(Path(sys.executable).with_name("serve")),
             "deploy",
