@@ -8,7 +8,7 @@ A replica is the same application, engine and routes as the process of `service.
 does is Ray's here: the proxies own the ports, `check_health` takes the place of the watch over the engine,
 and a replica that is to go is taken out of the routers, then waited for, then stopped with its lifespan.
 
-Example: serve run service.ray_serving:build_app replicas=2
+Example: tosca ray deploy --replicas 2 --cpus 1
 """
 
 import asyncio
