@@ -15,7 +15,7 @@ install: $(VENV)/.installed ## virtual environment with every extra, pinned by c
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,datasets,hub,openvino,tracing,demo,docs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[service,training,datasets,hub,openvino,ray,tracing,demo,docs,dev]'
 	touch $@
 
 demo: .tosca/demo.done ## default backbone and two demo tasks, trained on real pictures

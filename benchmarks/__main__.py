@@ -13,6 +13,7 @@ ALL = (
     "tasks",
     "cycles",
     "serving",
+    "ray_serve",
     "telemetry",
     "plots",
 )

@@ -37,8 +37,9 @@ from model_store.preprocess import load_pixels
 from model_store.store import ModelStore
 from training.demo import write_demo_pictures
 from training.destinations import FolderDestination, StoreDestination
+from training.embedding import BATCH_SIZE, CUDA_BATCH_SIZE
 from training.feature_cache import FeatureCache
-from training.features import BATCH_SIZE, CUDA_BATCH_SIZE, extract_each, extract_features, hash_source
+from training.features import extract_each, extract_features, hash_source
 from training.loading import num_threads
 from training.many import train_many
 from training.pictures import PictureSource, Split

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from model_store.answers import Answer
 from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
+from model_store.errors import InvalidImage
 from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
 from model_store.selection import Selection
@@ -27,10 +29,13 @@ class OfflinePredictor:
         device: str = "auto",
         runtime: str = "auto",
         limits: ImageLimits | None = None,
+        num_threads: int = 0,
     ) -> None:
         head = store.require_head() if revision is None else store.revision(revision)
         self.limits = limits or ImageLimits()
-        self.backbone = load_backbone(store, head.backbone_fingerprint, device=device, runtime=runtime)
+        self.backbone = load_backbone(
+            store, head.backbone_fingerprint, device=device, runtime=runtime, num_threads=num_threads
+        )
         self.bank: ModuleBank = Publisher(store, self.backbone.device, revision=revision).active.bank
 
     def answer(
@@ -44,17 +49,55 @@ class OfflinePredictor:
         abstain_level: float = 0.0,
     ) -> list[Answer]:
         """Answer encoded pictures as `ModuleBank.answer` does. Raises InvalidImage too."""
-        answers: list[Answer] = []
+        answers = self.answer_each(
+            pictures,
+            selection=selection,
+            task=task,
+            top_k=top_k,
+            coverage=coverage,
+            abstain_level=abstain_level,
+        )
+        good = []
+        for one in answers:
+            if isinstance(one, InvalidImage):
+                raise one
+            good.append(one)
+        return good
+
+    def answer_each(
+        self,
+        pictures: Sequence[bytes | InvalidImage],
+        *,
+        selection: Selection = "lda",
+        task: str | None = None,
+        top_k: int = 5,
+        coverage: float | None = None,
+        abstain_level: float = 0.0,
+    ) -> list[Answer | InvalidImage]:
+        """The same, where a picture that cannot be read, or was not, has its fault in its place."""
+        answers: list[Answer | InvalidImage] = []
         for start in range(0, len(pictures), BATCH_SIZE):
-            batch = pictures[start : start + BATCH_SIZE]
-            pixels = [load_pixels(data, self.backbone.preprocessing, self.limits) for data in batch]
-            cls_BD = self.backbone.embed(torch.stack(pixels))
-            answers += self.bank.answer(
-                cls_BD,
-                selection=selection,
-                task=task,
-                top_k=top_k,
-                coverage=coverage,
-                abstain_level=abstain_level,
+            batch = [self._pixels(one) for one in pictures[start : start + BATCH_SIZE]]
+            pixels = [one for one in batch if isinstance(one, Tensor)]
+            answered = iter(
+                self.bank.answer(
+                    self.backbone.embed(torch.stack(pixels)),
+                    selection=selection,
+                    task=task,
+                    top_k=top_k,
+                    coverage=coverage,
+                    abstain_level=abstain_level,
+                )
+                if pixels
+                else ()
             )
+            answers += [next(answered) if isinstance(one, Tensor) else one for one in batch]
         return answers
+
+    def _pixels(self, picture: bytes | InvalidImage) -> Tensor | InvalidImage:
+        if isinstance(picture, InvalidImage):
+            return picture
+        try:
+            return load_pixels(picture, self.backbone.preprocessing, self.limits)
+        except InvalidImage as error:
+            return error

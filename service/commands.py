@@ -22,8 +22,10 @@ from model_store.errors import InvalidImage
 from model_store.offline import OfflinePredictor
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from service.bulk_command import predict_in_bulk
 from service.client import Client, ServerRefused, Wishes
 from service.key_commands import keys_app
+from service.ray_commands import ray_app
 from service.remote_commands import KeyOption, remote_app
 from service.replay_command import replay
 from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
@@ -38,6 +40,7 @@ def register(app: typer.Typer) -> None:
     app.command()(replay)
     app.add_typer(remote_app, name="remote")
     app.add_typer(keys_app, name="keys")
+    app.add_typer(ray_app, name="ray")
 
 
 def serve(
@@ -62,7 +65,10 @@ def serve(
 
 
 def predict(
-    pictures: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    pictures: Annotated[
+        list[Path],
+        typer.Argument(help="Picture files; with --ray also folders, .csv and .parquet files."),
+    ],
     server: Annotated[
         str | None, typer.Option(envvar="TOSCA_SERVER", help="Ask this server; without it, answer offline.")
     ] = None,
@@ -78,6 +84,17 @@ def predict(
     abstain_level: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Offline: abstain at or below this p-value.")
     ] = DEFAULT_ABSTAIN_LEVEL,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Answer on the Ray cluster of RAY_ADDRESS, or one of its own here.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="With --ray: folder of Parquet files; what it holds is not done again."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: workers (default: one a GPU, else one a core).")
+    ] = None,
+    part_size: Annotated[int, typer.Option(min=1, help="With --ray: pictures in a Parquet file.")] = 1024,
     key: KeyOption = None,
     device: DeviceOption = "auto",
     runtime: RuntimeOption = "auto",
@@ -87,8 +104,29 @@ def predict(
     """Classify pictures, with a running server or offline against a store.
 
     Example: tosca predict bird.jpg --server http://localhost:8000
+
+    Example: tosca predict pictures --ray --output answers
     """
     chosen = choose(selection, SELECTIONS, "--selection")
+    if ray != (output is not None):
+        raise typer.BadParameter("--ray and --output go together", param_hint="--ray")
+    if output is not None:
+        predict_in_bulk(
+            pictures,
+            output,
+            store=store,
+            selection=chosen,
+            task=task,
+            top_k=top_k,
+            coverage=coverage,
+            abstain_level=abstain_level,
+            device=device,
+            runtime=runtime,
+            workers=workers,
+            part_size=part_size,
+            as_json=json,
+        )
+        return
     data = [read_file(path) for path in pictures]
     if server is not None:
         with Client(server, key=key) as client:

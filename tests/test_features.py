@@ -12,8 +12,9 @@ from model_store.backbone import Backbone, BackboneArtefact
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset
 from model_store.preprocess import load_pixels
+from training.embedding import BATCH_SIZE
 from training.feature_cache import FeatureCache
-from training.features import BATCH_SIZE, LabelledFeatures, extract_features
+from training.features import LabelledFeatures, extract_features
 from training.sources import open_source
 
 
@@ -255,7 +256,7 @@ def test_decoding_runs_ahead_of_the_backbone_and_stays_bounded(
         return torch.zeros(len(pixels_BCHW), counting.feature_dim)  # type: ignore[call-overload]
 
     sizes: list[int] = []
-    monkeypatch.setattr("training.features.load_pixels", counted)
+    monkeypatch.setattr("training.embedding.load_pixels", counted)
     monkeypatch.setattr(counting, "embed", embed)
     data = write_classes(tmp_path / "data", 40)
     extract(data, counting, tmp_path / "cache", num_threads=1)  # type: ignore[arg-type]

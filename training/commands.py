@@ -1,5 +1,6 @@
 """`tosca evaluate` and `tosca demo`, and what this package adds to `tosca`."""
 
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +20,11 @@ from model_store.console import (
     print_json,
     print_table,
 )
+from model_store.errors import InvalidDataset
 from model_store.measuring import Plan, tune
 from model_store.parity import read_labelled
 from model_store.publishing import Publisher
+from model_store.ray_session import ray_session
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
 from model_store.tune_command import print_measurements
@@ -35,8 +38,12 @@ from training.loading import (
     DEFAULT_MAX_CORRUPT,
     CacheOption,
     CorruptOption,
+    RayOption,
     load_backbone,
     load_features,
+    load_features_of_each,
+    load_features_on_ray,
+    load_hashes,
 )
 from training.pictures import PictureSource
 from training.sources import open_source
@@ -66,6 +73,7 @@ def evaluate(
     data: Annotated[list[str], typer.Option(help="TASK=SOURCE, repeated; a test split is used alone.")],
     selection: Annotated[str, typer.Option(help=f"One of: {', '.join(SELECTIONS)}.")] = "lda",
     revision: Annotated[int | None, typer.Option(help="A revision other than the newest.")] = None,
+    ray: RayOption = False,
     max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
     cache: CacheOption = DEFAULT_CACHE,
     device: DeviceOption = "auto",
@@ -76,17 +84,26 @@ def evaluate(
     """Answer labelled pictures with a store's bank and report the decomposition.
 
     Example: tosca evaluate --data birds=pictures/birds --data parts=pictures/parts
+
+    Example: tosca evaluate --data birds=pictures/birds --ray
     """
     chosen = choose(selection, SELECTIONS, "--selection")
     named = dict(_split_data(one) for one in data)
     sources = {task: open_source(path, to_train=False) for task, path in named.items()}
     opened = ModelStore(store)
-    backbone = load_backbone(opened, device, runtime)
     bank = Publisher(opened, revision=revision).active.bank
-    features = {
-        task: load_features(_test_part(source), backbone, cache, max_corrupt)
-        for task, source in sources.items()
-    }
+    hashed = (load_hashes(_test_part(source)) for source in sources.values())
+    features = {}
+    with ray_session() if ray else contextlib.nullcontext():
+        if ray:
+            found = load_features_on_ray(hashed, opened, device, runtime, cache, max_corrupt)
+        else:
+            backbone = load_backbone(opened, device, runtime)
+            found = load_features_of_each(hashed, backbone, cache, max_corrupt)
+        for task, one in zip(sources, found, strict=True):
+            if isinstance(one, InvalidDataset):
+                raise one
+            features[task] = one
     overall, by_task = evaluate_bank(bank, features, chosen)
     if json:
         print_json(

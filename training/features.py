@@ -6,9 +6,8 @@ file and the backbone's fingerprint, and no epoch and no later training run comp
 # N pictures, D features
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +20,10 @@ from torch import Tensor
 from model_store.backbone import Backbone
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
-from model_store.preprocess import load_pixels
+from training.embedding import Embedding, Item, LocalEmbedding
 from training.feature_cache import FeatureCache
 from training.pictures import LabelledPicture, PicturePath, PictureSource, Split
 
-BATCH_SIZE = 16  # on the CPU, where larger batches gain nothing
-CUDA_BATCH_SIZE = 128
-# Batches being decoded while one is embedded: a run of large pictures then starves no pass.
-_BATCHES_AHEAD = 2
 # No thread hurries further ahead of another: sources that read forward need not go back.
 _HASHED_TOGETHER = 256
 
@@ -49,14 +44,6 @@ class LabelledFeatures:
     def rows(self, split: Split) -> Tensor:
         """Indices of one split."""
         return torch.tensor([i for i, one in enumerate(self.splits) if one == split], dtype=torch.int64)
-
-
-class _Picture(NamedTuple):
-    """A picture on its way: its hash, and once decoded its pixels or the reason it has none."""
-
-    sha256: str
-    pixels: Tensor | None
-    fault: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,33 +119,36 @@ def extract_each(
     once. No batch mixes sources: the vectors of a source are, bit for bit, those of reading it alone. The
     fault of a source takes its place, and the others go on.
     """
-    limits = limits or ImageLimits()
+    embedding = LocalEmbedding(backbone, limits or ImageLimits(), num_threads)
+    yield from extract_with(
+        embedding, sources, cache, max_corrupt_fraction=max_corrupt_fraction, show_progress=show_progress
+    )
+
+
+def extract_with(
+    embedding: Embedding,
+    sources: Iterable[HashedSource],
+    cache: FeatureCache,
+    *,
+    max_corrupt_fraction: float = 0.05,
+    show_progress: bool = True,
+) -> Iterator[LabelledFeatures | InvalidDataset]:
+    """`extract_each`, wherever the backbone runs."""
     faults: dict[str, str] = {}
-
-    def decode(item: tuple[str, PicturePath]) -> _Picture:
-        sha256, path = item
-        try:
-            return _Picture(sha256, load_pixels(path.read_bytes(), backbone.preprocessing, limits), None)
-        except (InvalidImage, OSError) as error:
-            return _Picture(sha256, None, str(error))
-
-    batch_size = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
-    with ThreadPoolExecutor(num_threads) as pool, _progress(show_progress) as progress:
+    with _progress(show_progress) as progress:
         bar = progress.add_task("features", total=0)
-        for batch in _decode_ahead(pool, decode, _plan_batches(sources, cache, batch_size)):
-            wanted, pictures = batch.source, [future.result() for future in batch.pictures]
+        for batch, embedded in embedding.embed_ahead(_plan_batches(sources, cache, embedding.batch_size)):
+            wanted = batch.source
             progress.update(
                 bar, description=f"features of {wanted.hashed.source.name}", total=wanted.num_planned
             )
-            faults |= {one.sha256: one.fault for one in pictures if one.fault is not None}
-            good = [(one.sha256, one.pixels) for one in pictures if one.pixels is not None]
-            if good:
-                cls_BD = backbone.embed(torch.stack([pixels for _, pixels in good])).cpu()
-                fresh = dict(zip([sha256 for sha256, _ in good], cls_BD, strict=True))
+            faults |= {sha256: one for sha256, one in embedded.items() if isinstance(one, str)}
+            fresh = {sha256: one for sha256, one in embedded.items() if isinstance(one, Tensor)}
+            if fresh:
                 cache.put(fresh)
                 wanted.known |= fresh
                 wanted.num_computed += len(fresh)
-            progress.advance(bar, len(pictures))
+            progress.advance(bar, len(embedded))
             if batch.is_last:
                 # What an earlier source was about to compute when this one was planned is there by now.
                 wanted.known |= cache.get(one for one in wanted.hashed.digests if one not in wanted.known)
@@ -182,13 +172,7 @@ class _Planned(NamedTuple):
     """A batch that is to be decoded; an empty one ends a source that needs nothing."""
 
     source: _WantedSource
-    items: list[tuple[str, PicturePath]]
-    is_last: bool
-
-
-class _Decoding(NamedTuple):
-    source: _WantedSource
-    pictures: list[Future[_Picture]]
+    items: list[Item]
     is_last: bool
 
 
@@ -210,21 +194,6 @@ def _plan_batches(
         starts = range(0, len(items), batch_size) or range(1)
         for start in starts:
             yield _Planned(wanted, items[start : start + batch_size], start == starts[-1])
-
-
-def _decode_ahead(
-    pool: ThreadPoolExecutor,
-    decode: Callable[[tuple[str, PicturePath]], _Picture],
-    planned: Iterable[_Planned],
-) -> Iterator[_Decoding]:
-    """Batches in order, with the next ones already being decoded while one is embedded."""
-    ahead: deque[_Decoding] = deque()
-    for batch in planned:
-        futures = [pool.submit(decode, item) for item in batch.items]
-        ahead.append(_Decoding(batch.source, futures, batch.is_last))
-        if len(ahead) > _BATCHES_AHEAD:
-            yield ahead.popleft()
-    yield from ahead
 
 
 def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fraction: float) -> LabelledFeatures:

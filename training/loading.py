@@ -11,9 +11,17 @@ from model_store import backbone_loading
 from model_store.backbone import Backbone
 from model_store.console import err
 from model_store.errors import InvalidDataset
+from model_store.ray_session import room_for_workers
 from model_store.store import ModelStore
 from training.feature_cache import FeatureCache
-from training.features import HashedSource, LabelledFeatures, extract_each, extract_features, hash_source
+from training.features import (
+    HashedSource,
+    LabelledFeatures,
+    extract_each,
+    extract_features,
+    extract_with,
+    hash_source,
+)
 from training.pictures import PictureSource
 
 CacheOption = Annotated[
@@ -24,6 +32,11 @@ CorruptOption = Annotated[
 ]
 DEFAULT_CACHE = Path(".tosca/cache")
 DEFAULT_MAX_CORRUPT = 0.05
+
+
+RayOption = Annotated[
+    bool, typer.Option("--ray", help="Work on the Ray cluster of RAY_ADDRESS, or one of its own here.")
+]
 
 
 def load_backbone(store: ModelStore, device: str, runtime: str) -> Backbone:
@@ -58,6 +71,32 @@ def load_features_of_each(
         _open_cache(cache, backbone),
         max_corrupt_fraction=max_corrupt,
         num_threads=num_threads(),
+        show_progress=err.is_terminal,
+    )
+
+
+def load_features_on_ray(
+    sources: Iterable[HashedSource],
+    store: ModelStore,
+    device: str,
+    runtime: str,
+    cache: Path,
+    max_corrupt: float = DEFAULT_MAX_CORRUPT,
+) -> Iterator[LabelledFeatures | InvalidDataset]:
+    """The same from the workers of a Ray cluster. To be used inside `ray_session`."""
+    from training.ray_embedding import RayEmbedding
+
+    num_workers, num_gpus_each = room_for_workers(device)
+    url = store.url if "://" in store.url else str(Path(store.url).absolute())
+    embedding = RayEmbedding(
+        url, device=device, runtime=runtime, num_workers=num_workers, num_gpus_each=num_gpus_each
+    )
+    kind = embedding.kind
+    return extract_with(
+        embedding,
+        sources,
+        FeatureCache(cache, kind.fingerprint, kind.variant, kind.feature_dim),
+        max_corrupt_fraction=max_corrupt,
         show_progress=err.is_terminal,
     )
 

@@ -21,7 +21,7 @@ from training.pictures import PictureSource
 from training.plans import TaskPlan
 from training.sources import open_source
 from training.trainer import check_names
-from training.workers import FinishedJob, TrainingJob, Workers
+from training.workers import FinishedJob, TrainingJob, TrainingPool
 
 Hash = Callable[[PictureSource], HashedSource]
 ExtractEach = Callable[[Iterator[HashedSource]], Iterator[LabelledFeatures | InvalidDataset]]
@@ -57,7 +57,7 @@ def train_many(
     hash_source: Hash,
     extract_each: ExtractEach,
     report_folder: Path,
-    workers: Workers,
+    workers: TrainingPool,
 ) -> Iterator[TaskOutcome]:
     """Train tasks and keep their module files, in the order of `plans`; one outcome each, as they are kept.
 
@@ -131,7 +131,7 @@ def _start(
     backbone: BackboneManifest,
     destination: Destination,
     report_folder: Path,
-    workers: Workers,
+    workers: TrainingPool,
 ) -> TaskOutcome | _InTraining:
     if isinstance(features, InvalidDataset):
         return TaskOutcome(plan.task, "failed", str(features))
@@ -143,7 +143,7 @@ def _start(
     return _InTraining(job, workers.submit(job))
 
 
-def _keep(training: _InTraining, workers: Workers, destination: Destination) -> TaskOutcome:
+def _keep(training: _InTraining, workers: TrainingPool, destination: Destination) -> TaskOutcome:
     job = training.job
     try:
         finished = workers.result(job, training.future)

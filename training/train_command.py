@@ -1,5 +1,6 @@
 """`tosca train`: one task, or many in one run."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from model_store.console import (
 )
 from model_store.errors import InvalidDataset
 from model_store.luca import FLOWS
+from model_store.ray_session import ray_session, room_for_workers
 from model_store.store import ModelStore
 from training.destinations import Destination, FolderDestination, StoreDestination, write_file
 from training.features import HashedSource, LabelledFeatures
@@ -32,9 +34,10 @@ from training.loading import (
     DEFAULT_MAX_CORRUPT,
     CacheOption,
     CorruptOption,
+    RayOption,
     load_backbone,
-    load_features,
     load_features_of_each,
+    load_features_on_ray,
     load_hashes,
     num_threads,
 )
@@ -43,7 +46,7 @@ from training.plans import TaskPlan, read_plans
 from training.recipes import RECIPES
 from training.sources import open_source
 from training.trainer import TrainedTask, check_names, train_task
-from training.workers import Workers
+from training.workers import TrainingPool, Workers
 
 _REPORTS = Path(".tosca/reports")
 
@@ -79,6 +82,7 @@ def train(
     ] = None,
     min_images: Annotated[int, typer.Option(min=1, help="Training pictures every class needs.")] = 2,
     max_corrupt: CorruptOption = DEFAULT_MAX_CORRUPT,
+    ray: RayOption = False,
     force: Annotated[
         bool, typer.Option(help="Publish even if another task loses more than the margin.")
     ] = False,
@@ -96,6 +100,8 @@ def train(
     Example: tosca train --task birds --data pictures/birds
 
     Example: tosca train --many pictures
+
+    Example: tosca train --many pictures --ray
     """
     like = TaskPlan(
         task or "",
@@ -113,11 +119,12 @@ def train(
         plans = read_plans(many, like)
     elif task is None or data is None:
         raise typer.BadParameter("expected --task with --data, or --many", param_hint="--task")
-    run = _Run(ModelStore(store), cache, device, runtime, max_corrupt, report, output, force, json)
-    if many is not None:
-        _train_many(plans, run, workers or num_threads())
-    else:
-        _train_one(like, run)
+    run = _Run(ModelStore(store), cache, device, runtime, max_corrupt, report, output, force, json, ray)
+    with ray_session() if ray else contextlib.nullcontext():
+        if many is not None:
+            _train_many(plans, run, workers or _num_workers(ray))
+        else:
+            _train_one(like, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,11 @@ class _Run:
     output: Path | None
     force: bool
     json: bool
+    on_ray: bool
+
+
+def _num_workers(on_ray: bool) -> int:
+    return room_for_workers("cpu")[0] if on_ray else num_threads()
 
 
 def _train_one(plan: TaskPlan, run: _Run) -> None:
@@ -140,14 +152,16 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
 
     source = open_source(plan.data, min_images_per_class=plan.min_images)
     check_names(plan.task, source.labels, plan.label_space)
-    backbone = load_backbone(run.store, run.device, run.runtime)
-    features = load_features(source, backbone, run.cache, run.max_corrupt)
+    backbone = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
+    (features,) = _features_of_each(run, iter([load_hashes(source)]))
+    if isinstance(features, InvalidDataset):
+        raise features
     _print_skipped(features.skipped)
     started = time.monotonic()
     trained = train_task(
         plan.task,
         features,
-        backbone.manifest,
+        backbone,
         recipe=plan.recipe,
         flow=plan.flow,
         seed=plan.seed,
@@ -193,14 +207,14 @@ def _train_many(plans: Sequence[TaskPlan], run: _Run, num_workers: int) -> None:
     )
     manifest = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
     outcomes = []
-    with Workers(min(num_workers, len(plans))) as workers:
+    with _training_pool(min(num_workers, len(plans)), run) as workers:
         for outcome in train_many(
             plans,
             manifest,
             destination,
             hash_source=load_hashes,
             extract_each=partial(_features_of_each, run),
-            report_folder=run.report,
+            report_folder=run.report.absolute(),
             workers=workers,
         ):
             _print_skipped(outcome.skipped)
@@ -231,14 +245,29 @@ def _train_many(plans: Sequence[TaskPlan], run: _Run, num_workers: int) -> None:
         raise typer.Exit(1)
 
 
+def _training_pool(num_workers: int, run: _Run) -> contextlib.AbstractContextManager[TrainingPool]:
+    if not run.on_ray:
+        return Workers(num_workers)
+    from training.ray_workers import RayWorkers
+
+    return contextlib.nullcontext(RayWorkers(num_workers))
+
+
 def _features_of_each(
     run: _Run, sources: Iterator[HashedSource]
 ) -> Iterator[LabelledFeatures | InvalidDataset]:
     """Loads the backbone, which takes seconds, when the first source is there that wants features."""
     first = next(sources, None)
-    if first is not None:
+    if first is None:
+        return
+    wanted = chain([first], sources)
+    if run.on_ray:
+        yield from load_features_on_ray(
+            wanted, run.store, run.device, run.runtime, run.cache, run.max_corrupt
+        )
+    else:
         backbone = load_backbone(run.store, run.device, run.runtime)
-        yield from load_features_of_each(chain([first], sources), backbone, run.cache, run.max_corrupt)
+        yield from load_features_of_each(wanted, backbone, run.cache, run.max_corrupt)
 
 
 def _row(outcome: TaskOutcome) -> list[object]:

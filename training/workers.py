@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -106,6 +106,17 @@ def run_job(job: TrainingJob) -> FinishedJob:
     )
     page = write_report(trained, job.report_folder)
     return FinishedJob(trained.manifest, trained.data, page, time.monotonic() - started)
+
+
+class TrainingPool(Protocol):
+    """Where jobs are run."""
+
+    num_workers: int
+
+    def submit(self, job: TrainingJob) -> Future[FinishedJob]: ...
+
+    def result(self, job: TrainingJob, future: Future[FinishedJob]) -> FinishedJob:
+        """Wait for a job. Raises what training raised, and BrokenProcessPool when it ended its process."""
 
 
 class Workers:
