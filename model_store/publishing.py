@@ -16,13 +16,12 @@ from model_store.impact import ImpactReport, TaskHealth, compare_banks
 from model_store.module_file import ModuleFile
 from model_store.revision import Revision
 from model_store.revision_reader import ActiveSet, NewFile, RevisionReader
-from model_store.selection import MAX_DENSE_CLASSES
 from model_store.signatures import Signature, Trust
 from model_store.store import ModelStore, with_task, without_task
 
 DEFAULT_MARGIN = 0.05
 # Classes, and share of the tasks that began it and are others now, from which a new epoch is due.
-EPOCH_CLASSES = 2 * MAX_DENSE_CLASSES
+EPOCH_CLASSES = 1024
 EPOCH_SHARE = 0.1
 _ATTEMPTS = 20
 

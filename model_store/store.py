@@ -214,17 +214,25 @@ class ModelStore:
     def head_number(self, known: int = 0) -> int:
         """The number of the newest revision, 0 in a fresh store.
 
-        Numbers have no gaps, so where nothing is new behind `known` one small request says so; the log is
-        listed only where something is.
+        Numbers have no gaps, so the newest is found by steps that double and halve again, a small request
+        each; where nothing is new behind `known`, one says so.
         """
-        if known and not self._files.exists(_revision_path(known + 1)):
-            return known
-        return self._newest("revisions", known)
+        if not known and not any(True for _ in self._files.names("revisions")):
+            return 0  # a bucket that is not there is told from an empty one by listing alone
+        newest, step = known, 1
+        while self._files.exists(_revision_path(newest + step)):
+            newest += step
+            step *= 2
+        while step > 1:
+            step //= 2
+            if self._files.exists(_revision_path(newest + step)):
+                newest += step
+        return newest
 
-    def _newest(self, folder: str, known: int = 0) -> int:
+    def _newest(self, folder: str) -> int:
         """The largest number among a log's files, 0 when it is empty."""
-        newest = known
-        for name in self._files.names(folder, after=_numbered(folder, known) if known else None):
+        newest = 0
+        for name in self._files.names(folder):
             stem, _, suffix = name.partition(".")
             if suffix == "json" and stem.isdecimal() and stem.isascii():
                 newest = max(newest, int(stem))

@@ -73,8 +73,9 @@ def test_the_tasks_that_begin_an_epoch_answer_as_they_did() -> None:
     assert answers(in_epoch(tasks(), own.begin_epoch())) == answers(own)
 
 
-def test_a_bank_built_from_the_one_before_equals_one_built_from_nothing() -> None:
-    epoch = build_bank(tasks()).begin_epoch()
+@pytest.mark.parametrize("num_tasks", [3, NUM_TASKS])  # fewer classes than features, and more
+def test_a_bank_built_from_the_one_before_equals_one_built_from_nothing(num_tasks: int) -> None:
+    epoch = build_bank(tasks(num_tasks)).begin_epoch()
     new = [random_module(f"new{t}", seed=900 + t) for t in range(3)]
     bank = in_epoch(tasks(), epoch)
     answers(bank)  # so that it knows what it may hand on
@@ -131,10 +132,11 @@ def test_leaving_an_epoch_gives_the_bank_of_those_tasks_alone() -> None:
     assert answers(left) == answers(own)
 
 
-def test_calibration_vectors_of_a_later_task_are_left_out_of_its_means_alone() -> None:
+@pytest.mark.parametrize("num_tasks", [3, NUM_TASKS])
+def test_calibration_vectors_of_a_later_task_are_left_out_of_its_means_alone(num_tasks: int) -> None:
     """Against the same metric with class means computed anew."""
     later = random_module("later", seed=55, spread=0.5, num_classes=2)
-    bank = in_epoch([*tasks(), later], build_bank(tasks()).begin_epoch())
+    bank = in_epoch([*tasks(num_tasks), later], build_bank(tasks(num_tasks)).begin_epoch())
     assert bank.selector is not None
     t = [module.task for module in bank.modules].index("later")
     known_MC = unseen_scores(bank.selector, later, t, own_classes=True)
@@ -146,7 +148,7 @@ def test_calibration_vectors_of_a_later_task_are_left_out_of_its_means_alone() -
             later, statistics=dataclasses.replace(statistics, mean_KD=mean_KD.float())
         )
         assert bank.epoch is not None
-        left_out = in_epoch([*tasks(), without], bank.epoch).selector
+        left_out = in_epoch([*tasks(num_tasks), without], bank.epoch).selector
         assert left_out is not None
         torch.testing.assert_close(known_MC[m], _own_scores(left_out, x_D, t), rtol=1e-5, atol=1e-6)
 

@@ -281,16 +281,35 @@ def test_the_head_is_found_from_any_known_number(store: ModelStore) -> None:
 
 
 def test_looking_for_something_new_is_one_small_request(local: ModelStore) -> None:
-    """However long the log is; only where something is new is the log listed, from there on."""
+    """However long the log is; behind it, steps that double and halve find the newest."""
     for number in range(2, 6):
         local.publish(lambda revision, number=number: {f"task{number}": SHA}, "test")
     files = WatchedFiles(ObjectFiles(local.url), watch)
     store = ModelStore(local.url, files=files)
     assert store.head_number(known=5) == 5
     assert files.operations == ["head revisions/000000000006.json"]
-    local.publish(lambda _: {}, "something new")
-    assert store.head_number(known=5) == 6
-    assert files.operations[1:] == ["head revisions/000000000006.json", "list revisions"]
+    for _ in range(2):
+        local.publish(lambda _: {}, "something new")
+    files.operations.clear()
+    assert store.head_number(known=5) == 7
+    assert files.operations == [f"head revisions/{number:012}.json" for number in (6, 8, 7)]
+
+
+def test_the_end_of_a_long_log_takes_few_requests(tmp_path: Path) -> None:
+    class Long(ObjectFiles):
+        num_asked = 0
+
+        def exists(self, path: str) -> bool:
+            self.num_asked += 1
+            return int(Path(path).stem) <= 123_456
+
+        def names(self, folder: str, after: str | None = None) -> Iterator[str]:
+            yield "000000000001.json"
+            raise AssertionError("the log is not listed to its end")
+
+    files = Long(str(tmp_path))
+    assert ModelStore(str(tmp_path), files=files).head_number() == 123_456
+    assert files.num_asked < 40
 
 
 @pytest.mark.parametrize("number", [0, -1, 2, 10**15])
