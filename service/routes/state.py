@@ -1,6 +1,7 @@
 """What every route needs: the running parts of the service, put on the app by its lifespan; the caller."""
 
-from collections.abc import AsyncIterator, Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -44,24 +45,32 @@ async def get_state(request: Request) -> ServiceState:
 State = Annotated[ServiceState, Depends(get_state)]
 
 
-def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
-    """A dependency: the caller, who may act under `scope` and has a place among the requests of its key.
+@contextlib.contextmanager
+def admitted(request: Request, state: ServiceState, scope: Scope) -> Iterator[Caller]:
+    """The caller, who may act under `scope` and has a place among the requests of its key while the block
+    runs.
 
     Raises Unauthenticated, Forbidden and TooManyRequests, before the body is read.
     """
+    headers = request.headers
+    caller = state.access.identify(headers.get("authorization"))
+    if (context := current_request.get()) is not None:
+        context.caller = caller.name
+    state.access.check(caller, scope)
+    if request.method not in ("GET", "HEAD"):
+        state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
+    with state.quota.place(caller.key_id, state.engine.drain_s):
+        yield caller
 
-    async def admitted(request: Request, state: State) -> AsyncIterator[Caller]:
-        headers = request.headers
-        caller = state.access.identify(headers.get("authorization"))
-        if (context := current_request.get()) is not None:
-            context.caller = caller.name
-        state.access.check(caller, scope)
-        if request.method not in ("GET", "HEAD"):
-            state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
-        with state.quota.place(caller.key_id, state.engine.drain_s):
+
+def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
+    """A dependency: the caller, `admitted` under `scope` until its answer is sent."""
+
+    async def admit(request: Request, state: State) -> AsyncIterator[Caller]:
+        with admitted(request, state, scope) as caller:
             yield caller
 
-    return admitted
+    return admit
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
