@@ -254,13 +254,8 @@ def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]",
 
 def load(url: str, scenario: Scenario, *, clients: int = 0, rate: float = 0.0) -> dict[str, float]:
     """One measurement by the load process."""
-    command = [
-        str(PEERS),
-        str(Path(__file__).with_name("load.py")),
-        url,
-        "--pictures",
-        str(scenario.pictures),
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("load.py")), url]
+    command += ["--pictures", str(scenario.pictures)]
     command += ["--seconds", str(SECONDS), "--warm-up", str(SECONDS / 5)]
     command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS * 10 + 300)
