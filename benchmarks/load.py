@@ -158,6 +158,7 @@ async def run(given: argparse.Namespace) -> dict[str, float]:
     load = Load(given.url, pictures)
     await load.closed(given.clients or 8, given.warm_up)
     load.latencies.clear()
+    load.close()  # the slowest answer may have kept others idle for so long that the server closes them now
     started, cpu_before = time.perf_counter(), time.process_time()
     if given.rate:
         await load.open(given.rate, given.seconds, given.seed)
