@@ -75,7 +75,8 @@ test-docker: demo .tosca/docker-tools/.installed ## containers and manifests for
 # Other servers to measure against and the load generator: the product's packages lie beneath theirs.
 .tosca/peers/.installed: $(VENV)/.installed benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv .tosca/peers
-	.tosca/peers/bin/python -m pip install --quiet --constraint constraints.txt -r benchmarks/peers/requirements.txt
+	grep -vE '^(certifi|opentelemetry-)' constraints.txt > .tosca/peers/constraints.txt  # BentoML wants others
+	.tosca/peers/bin/python -m pip install --quiet --constraint .tosca/peers/constraints.txt -r benchmarks/peers/requirements.txt
 	echo $(CURDIR)/$(VENV)/lib/python*/site-packages \
 	  > $$(echo .tosca/peers/lib/python*/site-packages)/product.pth
 	touch $@

@@ -53,6 +53,9 @@ CLIENTS = (1, 64)
 OPEN_LOOP_SHARE = 0.7
 START_TIMEOUT_S = 180.0
 TINY = "vit_tiny_patch16_224"
+SMALL = "ViT-B/16, 256-pixel JPEGs"
+LARGE = "ViT-B/16, 12-megapixel JPEGs"
+TINY_SMALL = "ViT-Tiny, 256-pixel JPEGs"
 SERVERS = ("tosca", "plain_fastapi", "lit_serve", "ray_serve", "bento_ml")
 
 
@@ -90,22 +93,21 @@ def main() -> None:
 
 def scenarios(folder: Path) -> list[Scenario]:
     """ViT-B/16 with small and 12-megapixel JPEGs, and a ViT-Tiny, where what a server adds shows most."""
+    wanted = [name for name in (SMALL, LARGE, TINY_SMALL) if name.startswith(tuple(WANTED.split(";")))]
     small, large = folder / "small", folder / "large"
     small.mkdir()
     large.mkdir()
     for i, photograph in enumerate(photographs_at_hand()):
-        (large / f"{i:03d}.jpg").write_bytes(large_jpeg(photograph, seed=i))
+        if LARGE in wanted:
+            (large / f"{i:03d}.jpg").write_bytes(large_jpeg(photograph, seed=i))
         photograph.thumbnail((256, 256), Image.Resampling.LANCZOS)
         file = io.BytesIO()
         photograph.save(file, "JPEG", quality=90)
         (small / f"{i:03d}.jpg").write_bytes(file.getvalue())
     clip = str(DEMO / "store")
-    every = [
-        Scenario("ViT-B/16, 256-pixel JPEGs", clip, small),
-        Scenario("ViT-B/16, 12-megapixel JPEGs", clip, large),
-        Scenario("ViT-Tiny, 256-pixel JPEGs", tiny_store(folder / "store"), small),
-    ]
-    return [one for one in every if one.name.startswith(tuple(WANTED.split(";")))]
+    pictures = {SMALL: small, LARGE: large, TINY_SMALL: small}
+    stores = {name: tiny_store(folder / "store") if name == TINY_SMALL else clip for name in wanted}
+    return [Scenario(name, stores[name], pictures[name]) for name in wanted]
 
 
 def tiny_store(folder: Path) -> str:
@@ -254,13 +256,8 @@ def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]",
 
 def load(url: str, scenario: Scenario, *, clients: int = 0, rate: float = 0.0) -> dict[str, float]:
     """One measurement by the load process."""
-    command = [
-        str(PEERS),
-        str(Path(__file__).with_name("load.py")),
-        url,
-        "--pictures",
-        str(scenario.pictures),
-    ]
+    command = [sys.executable, str(Path(__file__).with_name("load.py")), url]
+    command += ["--pictures", str(scenario.pictures)]
     command += ["--seconds", str(SECONDS), "--warm-up", str(SECONDS / 5)]
     command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS * 10 + 300)

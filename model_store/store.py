@@ -23,8 +23,9 @@ import contextlib
 import getpass
 import hashlib
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -47,6 +48,7 @@ from model_store.tuning import Tuning
 # Share of an epoch's first tasks that may change before the next revision is in no epoch.
 MAX_CHANGED_SHARE = 0.25
 _DIGITS = 12
+_PAGE = 1000  # what one request lists at most
 
 
 class ModelStore:
@@ -119,7 +121,7 @@ class ModelStore:
         if export is not None:
             self._files.put_new(f"{folder}/exports/{hashlib.sha256(export).hexdigest()}.onnx", export)
         data = tuning.model_dump_json(indent=2).encode()
-        number = self._newest(f"{folder}/tunings") + 1
+        number = max(self._numbers(f"{folder}/tunings"), default=0) + 1
         while not self._files.put_new(_numbered(f"{folder}/tunings", number), data):
             number += 1  # another machine tuned meanwhile; both records stay
         return number
@@ -127,7 +129,7 @@ class ModelStore:
     def tuning(self, fingerprint: str, hardware: str) -> Tuning | None:
         """The newest tuning of a backbone on a kind of hardware."""
         folder = f"backbones/{fingerprint}/tunings"
-        for number in range(self._newest(folder), 0, -1):
+        for number in range(max(self._numbers(folder), default=0), 0, -1):
             path = _numbered(folder, number)
             try:
                 tuning = Tuning.model_validate_json(self._files.get(path) or b"")
@@ -214,11 +216,14 @@ class ModelStore:
     def head_number(self, known: int = 0) -> int:
         """The number of the newest revision, 0 in a fresh store.
 
-        Numbers have no gaps, so the newest is found by steps that double and halve again, a small request
-        each; where nothing is new behind `known`, one says so.
+        Numbers have no gaps, so behind `known`, or behind the first page of a long log, the newest is found
+        by steps that double and halve again, a small request each; where nothing is new, one says so.
         """
-        if not known and not any(True for _ in self._files.names("revisions")):
-            return 0  # a bucket that is not there is told from an empty one by listing alone
+        if not known:
+            page = list(islice(self._numbers("revisions"), _PAGE))
+            known = max(page, default=0)
+            if len(page) < _PAGE:
+                return known
         newest, step = known, 1
         while self._files.exists(_revision_path(newest + step)):
             newest += step
@@ -229,14 +234,12 @@ class ModelStore:
                 newest += step
         return newest
 
-    def _newest(self, folder: str) -> int:
-        """The largest number among a log's files, 0 when it is empty."""
-        newest = 0
+    def _numbers(self, folder: str) -> Iterator[int]:
+        """The numbers of a log's files, in any order."""
         for name in self._files.names(folder):
             stem, _, suffix = name.partition(".")
             if suffix == "json" and stem.isdecimal() and stem.isascii():
-                newest = max(newest, int(stem))
-        return newest
+                yield int(stem)
 
     def revision(self, number: int) -> Revision:
         data = self._files.get(_revision_path(number)) if number >= 1 else None

@@ -19,6 +19,7 @@ from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.errors import ToscaError
 from model_store.preprocess import open_picture
+from model_store.runtimes.runtime import runtime_kind
 from service.admission import DrainRate
 from service.cls_cache import ClsCache
 from service.errors import DeadlineExceeded, EngineStopped, InvalidSettings, Overloaded, ShuttingDown
@@ -59,7 +60,11 @@ class Engine:
         self._stopping = False
 
     def __enter__(self) -> "Engine":
-        if self._settings.torch_threads:
+        if runtime_kind(self.backbone.runtime_name).engine != "torch":
+            # The passes have threads of their own; beside them, those of torch wait for each other at every
+            # operation of the bank, and spin meanwhile (docs/experiments.md).
+            torch.set_num_threads(1)
+        elif self._settings.torch_threads:
             torch.set_num_threads(self._settings.torch_threads)
         self._drain = DrainRate(self._inference.warm_up())
         self._inference.start()

@@ -30,6 +30,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", from_attributes=True)
 
 
+class PredictQuery(BaseModel):
+    """The query of a prediction request; parameters that are not known are passed over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str | None = Field(None, description="Let this task answer instead of choosing one.")
+    top_k: int = Field(5, ge=1, description="How many (task, label) pairs to list at most.")
+    selection: Selection = Field("lda", description="How the task is chosen.")
+    coverage: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
+    )
+    timings: bool = Field(False, description="Report milliseconds per stage.")
+    return_cls: bool = Field(False, description="Give back the CLS vectors.")
+
+
 class PredictRequest(Strict):
     """The JSON form of a prediction request: pictures, or CLS vectors kept from earlier answers."""
 

@@ -8,6 +8,7 @@ period. A process that can answer no more ends with status 70, for its superviso
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -28,6 +29,9 @@ from service.settings import Settings
 log = logging.getLogger("tosca.server")
 DEAD_STATUS = 70  # EX_SOFTWARE
 _TICKS_BETWEEN_CHECKS = 10  # a tick of uvicorn is 0.1 s
+# Allocations between two collections. Of Python's 700 a few requests under way make more, and each of them
+# would be looked at again and again (docs/experiments.md).
+_GARBAGE_THRESHOLD = 5000
 
 
 def serve(settings: Settings, backbone: Backbone | None = None) -> None:
@@ -67,6 +71,13 @@ class Server(uvicorn.Server):
         self._settings = settings
         self._num_dead_checks = 0
         self._is_draining = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """What is there once the application has started stays: the collector need not look at it again."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
         """The first signal drains, the second ends at once. Not remembered, so that the exit status is 0."""

@@ -83,6 +83,20 @@ def start(engine: Engine) -> None:
     engine.backbone.batch_sizes.clear()
 
 
+@pytest.mark.parametrize(("runtime", "num_threads"), [("torch-float32", 2), ("onnxruntime-float32", 1)])
+def test_torch_has_threads_only_where_it_runs_the_passes(
+    tiny_backbone: Backbone, runtime: str, num_threads: int
+) -> None:
+    before = torch.get_num_threads()
+    backbone = GatedBackbone(tiny_backbone)
+    backbone.runtime_name = runtime
+    try:
+        with Engine(backbone, settings(torch_threads=2)):
+            assert torch.get_num_threads() == num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
 async def test_waiting_pictures_share_one_pass(backbone: GatedBackbone, bank: ModuleBank) -> None:
     with Engine(backbone, settings()) as engine:
         start(engine)

@@ -167,7 +167,8 @@ def test_many_requests_cause_few_reads(
                 pool.map(lambda _: client.get("/tasks", headers=at_least(number)), range(num_requests))
             )
     assert {one.json()["revision"] for one in found} == {number}
-    assert 1 <= len(reads) <= 2
+    numbers = [int(what.removeprefix("head revisions/").removesuffix(".json")) for what in reads]
+    assert numbers in ([2, 4, 3], [2, 4, 3, 3]), "one look that finds it, and perhaps another"
 
 
 def test_only_who_may_ask_makes_the_store_be_read(

@@ -13,6 +13,7 @@ from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
 from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
+from model_store.runtimes.runtime import runtime_kind
 from model_store.store import ModelStore
 
 LIMITS = ImageLimits()
@@ -25,6 +26,8 @@ class Answering:
         torch.set_num_threads(num_threads)
         store = ModelStore(store_url)
         self._backbone: Backbone = load_backbone(store, num_threads=num_threads)
+        if runtime_kind(self._backbone.runtime_name).engine != "torch":
+            torch.set_num_threads(1)  # beside the threads of another engine they cost more than they do
         self._bank: ModuleBank = Publisher(store).active.bank
         side = self._backbone.preprocessing.height
         for batch_size in range(1, max_batch_size + 1):

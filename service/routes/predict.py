@@ -5,15 +5,15 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from torch import Tensor
 
-from model_store.selection import Selection
 from service.admission import deadline_s
 from service.disconnect import ClientLeft, while_connected
 from service.payloads import decode_base64, read_cls, read_pictures
 from service.prediction import Inquiry, Wishes
+from service.routes.direct import DirectRoute
 from service.routes.state import Predicting, State, problems
-from service.schemas import PredictRequest, PredictResponse
+from service.schemas import PredictQuery, PredictRequest, PredictResponse
 
-router = APIRouter(tags=["predict"])
+router = APIRouter(tags=["predict"], route_class=DirectRoute)
 
 CLIENT_CLOSED_REQUEST = 499  # nginx's name for it; nobody reads the response, but logs count it
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -48,17 +48,7 @@ async def predict(
     request: Request,
     state: State,
     _: Predicting,
-    task: Annotated[str | None, Query(description="Let this task answer instead of choosing one.")] = None,
-    top_k: Annotated[int, Query(ge=1, description="How many (task, label) pairs to list at most.")] = 5,
-    selection: Annotated[Selection, Query(description="How the task is chosen.")] = "lda",
-    coverage: Annotated[
-        float | None,
-        Query(
-            gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
-        ),
-    ] = None,
-    timings: Annotated[bool, Query(description="Report milliseconds per stage.")] = False,
-    return_cls: Annotated[bool, Query(description="Give back the CLS vectors.")] = False,
+    query: Annotated[PredictQuery, Query()],
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
 ) -> PredictResponse | Response:
     """Answer each picture with the most probable (task, label) over all active tasks.
@@ -70,6 +60,7 @@ async def predict(
     inquiry = Inquiry.admit(state.engine, state.settings, state.registry.active.bank, timeout_s)
     limit = state.settings.max_images_per_request
     body = await read_pictures(request, limit, state.engine.backbone.feature_dim)
+    task, top_k, selection, coverage = query.task, query.top_k, query.selection, query.coverage
     pictures: list[bytes] | Tensor
     if isinstance(body, PredictRequest):
         task, top_k, selection = body.task or task, body.top_k or top_k, body.selection or selection
@@ -87,5 +78,5 @@ async def predict(
         answers = await while_connected(request, inquiry.answer(pictures, wishes))
     except ClientLeft:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    cls_of = state.engine.backbone.fingerprint if return_cls else None
-    return PredictResponse.of(answers, timings=timings, cls_of=cls_of)
+    cls_of = state.engine.backbone.fingerprint if query.return_cls else None
+    return PredictResponse.of(answers, timings=query.timings, cls_of=cls_of)

@@ -1,11 +1,13 @@
 """What every route needs: the running parts of the service, put on the app by its lifespan; the caller."""
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPBearer
+from pydantic import Field
 
 from service.access import Access, Caller
 from service.admission import KeyQuota, deadline_s
@@ -44,39 +46,47 @@ async def get_state(request: Request) -> ServiceState:
 
 
 State = Annotated[ServiceState, Depends(get_state)]
+RevisionNumber = Annotated[int, Field(ge=1, le=10**12 - 1)]
 
 
-def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
-    """A dependency: the caller, who may act under `scope` and has a place among the requests of its key, once
-    the revision that the request asks for is served.
+@contextlib.asynccontextmanager
+async def admitted(
+    request: Request, state: ServiceState, scope: Scope, minimum_revision: int | None
+) -> AsyncIterator[Caller]:
+    """The caller, who may act under `scope` and has a place among the requests of its key while the block
+    runs, once `minimum_revision` or a later one is served.
 
     Raises Unauthenticated, Forbidden, TooManyRequests and RevisionBehind, before the body is read.
     """
+    headers = request.headers
+    caller = state.access.identify(headers.get("authorization"))
+    if (context := current_request.get()) is not None:
+        context.caller = caller.name
+    state.access.check(caller, scope)
+    if request.method not in ("GET", "HEAD"):
+        state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
+    with state.quota.place(caller.key_id, state.engine.drain_s):
+        if minimum_revision is not None:
+            timeout_s = deadline_s(headers.get("x-request-timeout"), state.settings)
+            await state.registry.catch_up(minimum_revision, min(timeout_s, state.settings.catch_up_timeout_s))
+        yield caller
 
-    async def admitted(
+
+def require(scope: Scope) -> Callable[..., AsyncIterator[Caller]]:
+    """A dependency: the caller, `admitted` under `scope` until its answer is sent."""
+
+    async def admit(
         request: Request,
         state: State,
         x_minimum_revision: Annotated[
-            int | None,
-            Header(ge=1, le=10**12 - 1, description="Answer with this revision or a later one, or with 412."),
+            RevisionNumber | None,
+            Header(description="Answer with this revision or a later one, or with 412."),
         ] = None,
     ) -> AsyncIterator[Caller]:
-        headers = request.headers
-        caller = state.access.identify(headers.get("authorization"))
-        if (context := current_request.get()) is not None:
-            context.caller = caller.name
-        state.access.check(caller, scope)
-        if request.method not in ("GET", "HEAD"):
-            state.access.check_origin(caller, headers.get("origin"), headers.get("host"))
-        with state.quota.place(caller.key_id, state.engine.drain_s):
-            if x_minimum_revision is not None:
-                timeout_s = deadline_s(headers.get("x-request-timeout"), state.settings)
-                await state.registry.catch_up(
-                    x_minimum_revision, min(timeout_s, state.settings.catch_up_timeout_s)
-                )
+        async with admitted(request, state, scope, x_minimum_revision) as caller:
             yield caller
 
-    return admitted
+    return admit
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
