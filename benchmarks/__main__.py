@@ -11,9 +11,11 @@ ALL = (
     "request_path",
     "tasks",
     "cycles",
+    "store_operations",
     "serving",
     "telemetry",
     "plots",
+    "scaling",  # last: it reads the others' results
 )
 
 
