@@ -14,6 +14,7 @@ number of writers).
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import statistics
@@ -73,7 +74,7 @@ class CountedFiles(ObjectFiles):
 
     def names(self, folder: str, after: str | None = None) -> Iterator[str]:
         found = list(super().names(folder, after))
-        self._count("list", 1 + len(found) // KEYS_A_LIST)
+        self._count("list", max(1, math.ceil(len(found) / KEYS_A_LIST)))
         return iter(found)
 
     def folders(self, folder: str) -> list[str]:

@@ -23,6 +23,8 @@ S3_SMALL = (
     "https://docs.aws.amazon.com/whitepapers/latest/s3-optimizing-performance-best-practices/"
     "timeouts-and-retries-for-latency-sensitive-applications.html"
 )
+S3_SPLITS = "https://aws.amazon.com/premiumsupport/knowledge-center/s3-object-key-naming-pattern/"
+S3_LIST = "https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html"
 CONDITIONAL = "https://cdouglas.github.io/posts/2026/01/conditional"
 
 Case = Literal["pessimistic", "central", "optimistic"]
@@ -79,20 +81,20 @@ ASSUMPTIONS = (
     Assumption(
         "bank_share",
         1.0,
+        0.5,
         0.1,
-        0.004,
         "",
-        "of what more tasks add to an answer here: the device reads memory 250 times as fast, but what "
-        "Python does for each picture stays. A guess",
+        "of the processor time of a bank's answers that is left where the bank lies on the device: products "
+        "go there, Python stays. A guess, at worst what was measured",
     ),
     Assumption(
-        "serial_share",
+        "lock_share",
         1.0,
-        0.8,
         0.5,
+        0.0,
         "",
-        "of a request's processor time that only one thread of a process can do at a time: event loop and "
-        "interpreter lock. A guess",
+        "of the other threads' work on a request that holds the interpreter lock, so that the event loop "
+        "waits meanwhile. All that is possible",
     ),
     Assumption(
         "core_speed",
@@ -146,8 +148,15 @@ ASSUMPTIONS = (
         (CONDITIONAL, S3_RATES),
     ),
     Assumption("tail", 10.0, 4.0, 2.0, "", "99th percentile of a request over its median. A guess"),
-    _fixed("get_rate", 5500.0, "/s", "GET, HEAD and LIST of one prefix before it is split", S3_RATES),
-    _fixed("put_rate", 3500.0, "/s", "PUT of one prefix before it is split", S3_RATES),
+    _fixed(
+        "get_rate",
+        5500.0,
+        "/s",
+        "GET and HEAD of one prefix before it is split, which takes 30 to 60 minutes",
+        S3_RATES,
+        S3_SPLITS,
+    ),
+    _fixed("keys_a_list", 1000, "", "of one LIST request", S3_LIST),
     _fixed("put_dollars", 0.005 / 1000, "$", "a PUT or LIST, S3 Standard, us-east-1", S3_PRICES),
     _fixed("get_dollars", 0.0004 / 1000, "$", "a GET, also of what is not there", S3_PRICES),
     _fixed("storage_dollars", 0.023, "$/GB·month", "the first 50 TB", S3_PRICES),

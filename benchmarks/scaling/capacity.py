@@ -41,15 +41,16 @@ def replica_images_s(
     The inference thread does the passes and the banks' answers in turn; a batch is full at saturation.
     """
     threads = min(limits.decode_threads, assumed["processors"] / assumed["devices"])
-    bank_s = assumed["bank_share"] * costs.bank_extra_s(workload.num_tasks)
+    answers = costs.bank_pass(workload.num_tasks, assumed["bank_share"] / assumed["core_speed"])
+    answers_s = answers(limits.max_batch_size)
     batch_s = device_pass(assumed)(limits.max_batch_size)
     cpu_s = (costs.request_s + workload.picture.decode_s) / assumed["core_speed"]
     network = assumed["network_bits_s"] / 8 / assumed["devices"]
     return {
-        "event loop": assumed["core_speed"] / (costs.request_s * assumed["serial_share"]),
+        "event loop": assumed["core_speed"] / costs.serial_s(assumed["lock_share"]),
         "decode pool": threads * assumed["core_speed"] / workload.picture.decode_s,
         "device": limits.max_batch_size / batch_s,
-        "inference thread": 1.0 / (batch_s / limits.max_batch_size + bank_s),
+        "inference thread": limits.max_batch_size / (batch_s + answers_s),
         "processors": assumed["processors"] / assumed["devices"] / cpu_s,
         "PCIe": assumed["pcie_bytes_s"] / PIXEL_BYTES,
         "network": network / workload.picture.size_bytes,

@@ -56,8 +56,8 @@ def run_checks(results: Mapping[str, Any], costs: Costs, assumed: Mapping[str, f
 def this_machine(costs: Costs, assumed: Mapping[str, float], backbone_pass: Pass) -> ReplicaCosts:
     """A process as the benchmarks run it: the load generator and the passes share its few cores."""
     return ReplicaCosts(
-        loop_s=assumed["serial_share"] * costs.request_s,
-        beside_loop_s=(1.0 - assumed["serial_share"]) * costs.request_s,
+        loop_s=costs.serial_s(assumed["lock_share"]),
+        beside_loop_s=costs.request_s - costs.serial_s(assumed["lock_share"]),
         decode_s=costs.pictures[0].decode_s,
         backbone_pass=backbone_pass,
         pass_threads=costs.cores,

@@ -14,8 +14,10 @@ INPUTS = (
     "serving",
     "runtimes",
     "request_path",
+    "request_threads",
     "decoding",
     "tasks",
+    "bank_batches",
     "registration",
     "overload",
     "store_operations",
@@ -92,8 +94,11 @@ class Costs:
     cores: int  # of the machine they were measured on
     backbone_pass: Pass
     request_s: float  # processor time of a request beside decoding and the pass
+    loop_share: float  # of it that the event loop's thread does
     pictures: tuple[Picture, ...]  # small to large
-    bank_extra_s: Curve  # what more tasks add to the time of an answer
+    bank_alone_s: Curve  # processor time of a bank's answer to one picture
+    bank_in_batch_s: Curve  # of its answer to a picture of `bank_batch_size`
+    bank_batch_size: int
     resident_bytes_a_task: float
     file_bytes: float
     registration_s: float  # of `POST /tasks` beside clients, among `registration_tasks`
@@ -102,8 +107,23 @@ class Costs:
     requests: Mapping[str, tuple[tuple[int, Requests], ...]]  # by operation: (tasks, requests), ascending
     revision_bytes: Curve  # of what a registration publishes
 
+    def serial_s(self, lock_share: float) -> float:
+        """Of a request's processor time, what no two requests of a process can have at once: the time of the
+        event loop, and that of other threads while they hold the interpreter lock.
+
+        The answer of a bank with few tasks is not part of it: the inference thread gives it.
+        """
+        loop_s = self.loop_share * self.request_s
+        return loop_s + lock_share * max(0.0, self.request_s - loop_s - self.bank_alone_s(1))
+
+    def bank_pass(self, num_tasks: int, share: float) -> Pass:
+        """A bank's answers to a batch, where `share` of the measured processor time is left."""
+        alone_s, in_batch_s = self.bank_alone_s(num_tasks), self.bank_in_batch_s(num_tasks)
+        batch_s = self.bank_batch_size * in_batch_s
+        return Pass.through(share * alone_s, share * batch_s, self.bank_batch_size)
+
     def requests_of(self, operation: str, num_tasks: int) -> Requests:
-        """As counted with as many tasks; a start reads every module, whatever was counted."""
+        """As counted with the most tasks; those of a start are taken to grow with their number."""
         counted_tasks, counted = self.requests[operation][-1]
         if operation != "start" or num_tasks == counted_tasks:
             return counted
@@ -121,19 +141,24 @@ def read_results(folder: Path = RESULTS) -> dict[str, Any]:
 def costs_of(results: Mapping[str, Any]) -> Costs:
     """The costs that a set of results tells."""
     tasks, operations = results["tasks"], results["store_operations"]["operations"]
-    alone = {one["tasks"]: one["median_ms"] for one in tasks["answers"] if one["popularity"] == "uniform"}
+    answers = results["bank_batches"]["answers"]
     rows = {name: [one for one in operations if one["operation"] == name] for name in OPERATIONS}
     return Costs(
         cores=results["runtimes"]["machine"]["cores"],
         backbone_pass=chosen_pass(results["runtimes"]["tuning"]),
         request_s=1e-3 * results["request_path"]["cpu_ms_a_request"]["tosca"],
+        loop_share=results["request_threads"]["event_loop_share"],
         pictures=tuple(
             Picture(one["long_side"], one["bytes"], 1e-3 * one["cpu_ms"])
             for one in results["decoding"]["as_served"]
         ),
-        bank_extra_s=Curve.through(
-            (count, 1e-3 * (milliseconds - alone[min(alone)])) for count, milliseconds in alone.items()
+        bank_alone_s=Curve.through(
+            (one["tasks"], 1e-3 * one["cpu_ms_a_picture"]) for one in answers if one["batch_size"] == 1
         ),
+        bank_in_batch_s=Curve.through(
+            (one["tasks"], 1e-3 * one["cpu_ms_a_picture"]) for one in answers if one["batch_size"] > 1
+        ),
+        bank_batch_size=max(one["batch_size"] for one in answers),
         resident_bytes_a_task=tasks["memory"]["bytes_a_task"],
         file_bytes=tasks["memory"]["file_bytes"],
         registration_s=tasks["registration"]["median_s"],

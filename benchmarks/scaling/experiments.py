@@ -13,7 +13,7 @@ from benchmarks.scaling.store_model import log_costs, registrations_s, served_af
 
 SHARES = (0.5, 0.7, 0.9, 1.1)  # of what the analytic model allows
 BURST = 32
-REPLICA_S = 20.0
+REPLICA_S = 10.0
 REVISIONS = 6
 WRITERS = 8
 OFFERED = (0.25, 0.5, 0.75, 1.0)  # of what one writer could publish
@@ -27,14 +27,14 @@ def on_a_device(
     the same: arrivals that are split at random stay what they were."""
     capacity = in_order(replica_images_s(costs, assumed, limits, workload))[0][1]
     speed = assumed["core_speed"]
-    request_s = costs.request_s / speed
+    request_s, serial_s = costs.request_s / speed, costs.serial_s(assumed["lock_share"]) / speed
     replica = ReplicaCosts(
-        loop_s=assumed["serial_share"] * request_s,
-        beside_loop_s=(1.0 - assumed["serial_share"]) * request_s,
+        loop_s=serial_s,
+        beside_loop_s=request_s - serial_s - costs.bank_alone_s(1) / speed,
         decode_s=workload.picture.decode_s / speed,
         backbone_pass=device_pass(assumed),
         pass_threads=0,
-        bank_s=assumed["bank_share"] * costs.bank_extra_s(workload.num_tasks),
+        bank_pass=costs.bank_pass(workload.num_tasks, assumed["bank_share"] / speed),
         refusal_s=0.25 * request_s,
         decode_threads=limits.decode_threads,
         max_batch_size=limits.max_batch_size,

@@ -14,6 +14,8 @@ from benchmarks.scaling.store_model import (
     best_epoch,
     changes_bytes,
     dollars,
+    listing_s,
+    loader_share,
     log_costs,
     polling_dollars_month,
     registration_dollars,
@@ -72,6 +74,7 @@ def forecast(costs: Costs, limits: Limits) -> dict[str, Any]:
             for picture in costs.pictures
         ],
         "starts": starts(costs, values()),
+        "history": history(costs, values()),
         "writers": writers(costs, values()),
         "revisions": revisions(costs, values()),
         "operations": operations(costs, values()),
@@ -109,6 +112,9 @@ def of_hosts(
         "replicas": replicas,
         "images_s": images_s,
         "registrations_s": registrations_s(log),
+        "attempt_store_s": log.lone_attempt_s() - log.build_s,
+        "attempt_build_s": log.build_s,
+        "loader_share": loader_share(log, limits.poll_s),
         "served_after_mean_s": mean_s,
         "served_after_latest_s": latest_s,
         "looks_s": replicas / limits.poll_s,
@@ -144,6 +150,18 @@ def starts(costs: Costs, assumed: Assumed) -> list[dict[str, Any]]:
         for count in START_COUNTS
         for hosts in HOSTS
     ]
+
+
+def history(costs: Costs, assumed: Assumed) -> dict[str, float]:
+    """A year of registrations, and how long a start then looks for the newest."""
+    few = 365.25 * REGISTRATIONS_A_DAY
+    many = 12 * MONTH_S * registrations_s(log_costs(costs, assumed, NUM_TASKS))
+    return {
+        "revisions_a_year": few,
+        "listing_s": listing_s(assumed, few),
+        "most_revisions_a_year": many,
+        "most_listing_s": listing_s(assumed, many),
+    }
 
 
 def writers(costs: Costs, assumed: Assumed) -> list[dict[str, float]]:
@@ -209,9 +227,11 @@ def sensitivity(costs: Costs, limits: Limits, workload: Workload) -> list[dict[s
     """One assumption at a time at its worst and its best, the others central; what matters, most first."""
     outputs: dict[str, Callable[[Assumed], float]] = {
         "images/s of a device": lambda a: in_order(replica_images_s(costs, a, limits, workload))[0][1],
-        "images/s of a device, event loop aside": lambda a: in_order(
-            replica_images_s(costs, a, limits, workload)
-        )[1][1],
+        "the same, event loop aside": lambda a: min(
+            images_s
+            for part, images_s in replica_images_s(costs, a, limits, workload).items()
+            if part != "event loop"
+        ),
         "registrations/s": lambda a: registrations_s(log_costs(costs, a, workload.num_tasks)),
         "tasks on a device": lambda a: tasks_in_memory(costs, a),
         "$ for a million images": lambda a: of_hosts(costs, a, limits, workload, 1)[

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.scaling.assumptions import CASES
-from benchmarks.scaling.notation import duration, in_range, number, size, table
+from benchmarks.scaling.notation import duration, in_range, number, percent, size, table
 
 Result = Mapping[str, Any]
 
@@ -29,6 +29,9 @@ def answer(result: Result) -> str:
             ("$ for a million images, hosts", *across("dollars_a_million_images")),
             ("tasks, by memory of a device", *[tasks] * len(fleets)),
             ("registrations/s, all writers together", *across("registrations_s")),
+            ("of an attempt: building", *across("attempt_build_s", duration)),
+            ("of an attempt: the store", *across("attempt_store_s", duration)),
+            ("a replica's loader, busy following", *across("loader_share", percent)),
             ("a change is served after, mean", *across("served_after_mean_s", duration)),
             ("by the last replica", *across("served_after_latest_s", duration)),
             ("$ for a thousand registrations, store", *across("dollars_a_thousand_registrations")),
@@ -95,7 +98,14 @@ def starts(result: Result) -> str:
         "if one of a host read",
         "and from 16 prefixes",
     )
-    return table(head, rows)
+    history = result["forecast"]["history"]
+    a_day, listing = number(history["revisions_a_year"] / 365.25), duration(history["listing_s"])
+    return (
+        f"{table(head, rows)}\n\n"
+        "Before that, each process lists the history, 1,000 revisions a request: after a year of\n"
+        f"{a_day} registrations a day for {listing}, after a year of all that the log takes for\n"
+        f"{duration(history['most_listing_s'])}."
+    )
 
 
 def operations(result: Result) -> str:

@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.scaling.notation import duration, link, number, plain, size, table
+from benchmarks.scaling.notation import duration, link, number, percent, plain, size, table
 
 Result = Mapping[str, Any]
 
 
 def measured(result: Result) -> str:
     costs = result["costs"]
-    small, web, camera = costs["pictures"]
-    extra = dict(costs["bank_extra_s"]["points"])
-    register = dict(costs["operation_s"]["register"]["points"])
-    follow = dict(costs["operation_s"]["follow"]["points"])
-    start = dict(costs["operation_s"]["start"]["points"])
-    by_count = lambda curve: ", ".join(f"{number(n)}: {duration(s)}" for n, s in sorted(curve.items()))  # noqa: E731
-    each = costs["backbone_pass"]
+    each, took = costs["backbone_pass"], costs["operation_s"]
+
+    def by_tasks(curve: Mapping[str, Any]) -> str:
+        return ", ".join(f"{number(tasks)}: {duration(seconds)}" for tasks, seconds in curve["points"])
+
     return table(
         ("cost", "measured", "in"),
         [
@@ -30,20 +28,30 @@ def measured(result: Result) -> str:
                 duration(costs["request_s"]),
                 link("request_path"),
             ),
+            (
+                "of it, the event loop's thread",
+                percent(costs["loop_share"]),
+                link("request_threads"),
+            ),
             *(
                 (
                     f"decoding a picture of {one['long_side']} pixels ({size(one['size_bytes'])}), processor",
                     duration(one["decode_s"]),
                     link("decoding"),
                 )
-                for one in (small, web, camera)
+                for one in costs["pictures"]
             ),
-            ("what more tasks add to an answer, by tasks", by_count(extra), link("tasks")),
+            (
+                "a bank's answer to a picture alone, by tasks",
+                by_tasks(costs["bank_alone_s"]),
+                link("bank_batches"),
+            ),
+            ("and in a batch of 64, by tasks", by_tasks(costs["bank_in_batch_s"]), link("bank_batches")),
             ("memory of a task", size(costs["resident_bytes_a_task"]), link("tasks")),
             ("its file", size(costs["file_bytes"]), link("tasks")),
-            ("registering, processor, by tasks", by_count(register), link("store_operations")),
-            ("following one change, processor, by tasks", by_count(follow), link("store_operations")),
-            ("starting, processor, by tasks", by_count(start), link("store_operations")),
+            ("registering, processor, by tasks", by_tasks(took["register"]), link("store_operations")),
+            ("following one change, processor, by tasks", by_tasks(took["follow"]), link("store_operations")),
+            ("starting, processor, by tasks", by_tasks(took["start"]), link("store_operations")),
         ],
     )
 

@@ -18,6 +18,10 @@ def size(value: float) -> str:
     return f"{number(value)} B"
 
 
+def percent(share: float) -> str:
+    return f"{number(100 * share)} %"
+
+
 def duration(seconds: float) -> str:
     if seconds < 0.1:
         return f"{number(1e3 * seconds)} ms"

@@ -18,6 +18,7 @@ import simpy
 from benchmarks.scaling.costs import Pass
 from benchmarks.scaling.processor import Processor
 
+NOTHING = Pass(0.0, 0.0)
 Steps = Generator[simpy.Event, object, None]
 
 
@@ -30,7 +31,7 @@ class ReplicaCosts:
     decode_s: float
     backbone_pass: Pass  # wall seconds when nothing else runs
     pass_threads: int  # of the processor; 0: a device of its own
-    bank_s: float = 0.0  # of a picture, on the inference thread
+    bank_pass: Pass = NOTHING  # the bank's answers to a batch, on the inference thread
     client_s: float = 0.0  # the load generator's, where it shares the processor
     refusal_s: float = 0.0  # on the event loop
     decode_threads: int = 8
@@ -120,8 +121,7 @@ class Replica:
                 yield self._processor.run(seconds, costs.pass_threads)
             else:
                 yield self._environment.timeout(seconds)
-            if costs.bank_s:
-                yield self._processor.run(len(batch) * costs.bank_s)
+            yield self._processor.run(costs.bank_pass(len(batch)))
             self.outcomes.batch_sizes.append(len(batch))
             for answered in batch:
                 answered.succeed()

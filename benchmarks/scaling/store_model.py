@@ -1,4 +1,4 @@
-"""What the one store carries: registrations a second, how soon all serve them, starts, growth, dollars."""
+"""What the one store carries: registrations a second, how soon all serve them, starts, bytes, dollars."""
 
 import math
 from collections.abc import Mapping
@@ -105,6 +105,12 @@ def registration_dollars(costs: Costs, assumed: Mapping[str, float], replicas: i
     )
 
 
+def loader_share(log: LogCosts, poll_s: float) -> float:
+    """Of the time of a replica's loader thread that following takes while there is always something new: it
+    takes over the newest revision at once, so more registrations do not add to it but for their modules."""
+    return log.follow_s / (poll_s + log.list_s + 2 * log.get_s + log.follow_s)
+
+
 # -- starting ----------------------------------------------------------------------------------------
 
 
@@ -149,3 +155,8 @@ def start(
         bound=bound,
         dollars=hosts * readers_a_host * dollars(requests, assumed),
     )
+
+
+def listing_s(assumed: Mapping[str, float], num_revisions: float) -> float:
+    """Seconds for which a start lists the history, page after page, to find its end."""
+    return math.ceil(num_revisions / assumed["keys_a_list"]) * assumed["list_s"]
