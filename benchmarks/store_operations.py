@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,41 +51,51 @@ WRITER_DELAY_S = 0.05
 KEYS_A_LIST = 1000  # what one LIST request returns at most, on S3
 
 
-class CountedFiles(ObjectFiles):
-    """A folder that counts requests by kind and the bytes they carry, and takes `delay_s` for each."""
+# What an object store bills a method of Files as; HEAD costs what GET does, DELETE nothing.
+BILLED = {
+    "get": "get",
+    "exists": "get",
+    "put_new": "put",
+    "put": "put",
+    "delete": "delete",
+    "names": "list",
+    "stamps": "list",
+    "folders": "list",
+}
+
+
+class CountedFiles:
+    """A folder that counts requests by what they are billed as, and the bytes they carry, and takes `delay_s`
+    for each. It stands for whatever methods the store's files have."""
 
     def __init__(self, folder: Path, delay_s: float = 0.0) -> None:
-        super().__init__(str(folder))
         self.counts: Counter[str] = Counter()
+        self._files = ObjectFiles(str(folder))
         self._delay_s = delay_s
         self._lock = threading.Lock()
 
-    def get(self, path: str) -> bytes | None:
-        data = super().get(path)
-        self._count("get", bytes_in=len(data or b""))
-        return data
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        kind, ask = BILLED[method], getattr(self._files, method)
 
-    def put_new(self, path: str, data: bytes) -> bool:
-        is_new = super().put_new(path, data)
-        self._count("put", bytes_out=len(data))
-        if path.startswith("revisions/"):
-            self._count(revisions_tried=1, revisions_written=int(is_new), revision_bytes=len(data))
-        return is_new
-
-    def names(self, folder: str, after: str | None = None) -> Iterator[str]:
-        found = list(super().names(folder, after))
-        self._count("list", max(1, math.ceil(len(found) / KEYS_A_LIST)))
-        return iter(found)
-
-    def folders(self, folder: str) -> list[str]:
-        self._count("list")
-        return super().folders(folder)
-
-    def _count(self, kind: str = "", requests: int = 1, **other: int) -> None:
-        with self._lock:
-            self.counts.update({kind: requests} if kind else {}, **other)
-        if kind:
+        def counted(path: str, *arguments: Any, **options: Any) -> Any:
+            found = ask(path, *arguments, **options)
+            requests = 1
+            if kind == "list":
+                found = list(found)
+                requests = max(1, math.ceil(len(found) / KEYS_A_LIST))
+            with self._lock:
+                self.counts[kind] += requests
+                self.counts["bytes_in"] += len(found) if isinstance(found, bytes) else 0
+                if kind == "put":
+                    self.counts["bytes_out"] += len(arguments[0])
+                if method == "put_new" and path.startswith("revisions/"):
+                    self.counts["revisions_tried"] += 1
+                    self.counts["revisions_written"] += found
+                    self.counts["revision_bytes"] += len(arguments[0])
             time.sleep(requests * self._delay_s)
+            return iter(found) if isinstance(found, list) and method != "folders" else found
+
+        return counted
 
 
 def main() -> None:

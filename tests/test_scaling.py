@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from benchmarks.scaling.assumptions import ASSUMPTIONS, CASES, values
 from benchmarks.scaling.capacity import Limits, Workload, in_order, replica_images_s, tasks_in_memory
 from benchmarks.scaling.checks import Check
+from benchmarks.scaling.conclusions import rungs
 from benchmarks.scaling.costs import Costs, Curve, Pass, Picture, costs_of, read_results
 from benchmarks.scaling.forecast import forecast
 from benchmarks.scaling.notation import duration, number, plain, size, table
@@ -47,7 +48,7 @@ PLAIN = ReplicaCosts(
     pass_threads=1,
     max_batch_size=1,
 )
-LOG = LogCosts(list_s=0.05, get_s=0.05, put_s=0.05, follow_s=0.01, build_s=0.01)
+LOG = LogCosts(look_s=(0.05,), take_over_s=(0.05, 0.05), publish_s=(0.05, 0.05), follow_s=0.01, build_s=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_the_words_of_the_page_are_so(result: dict[str, Any]) -> None:
     """What docs/scaling.md says outside its tables."""
     device = result["forecast"]["device"]["central"]
     assert device["parts"][0][0] != "device"
-    assert dict(device["parts"])["event loop"] < device["device_alone_images_s"]
+    assert dict(device["parts"])["event loop"] < dict(device["parts"])["device"]
     failed = [one["name"] for one in result["checks"] if not one["holds"]]
     explained = ("ViT-Tiny: 70 % load", "overload: goodput", "registration among a few tasks")
     assert all(name.startswith(explained) for name in failed), failed
@@ -233,9 +234,10 @@ def test_one_writer_never_gives_up_and_a_crowd_mostly_does() -> None:
     assert saturated_writers(LOG, 1, 50.0).num_given_up == 0
 
 
-def test_every_follower_gets_every_change_by_the_latest_time_of_the_formula() -> None:
-    mean_s, latest_s = served_after_s(LOG, poll_s=5.0)
-    taken = spread(LOG, replicas=200, poll_s=5.0, gap_s=7.0, revisions=4)
+@pytest.mark.parametrize("jitter", [0.0, 0.5])
+def test_every_follower_gets_every_change_by_the_latest_time_of_the_formula(jitter: float) -> None:
+    mean_s, latest_s = served_after_s(LOG, 5.0, jitter)
+    taken = spread(LOG, replicas=200, poll_s=5.0, gap_s=7.0, revisions=4, jitter=jitter)
     assert [len(one) for one in taken] == [200] * 4
     seconds = [second for one in taken for second in one]
     assert max(seconds) <= latest_s + 1e-9
@@ -346,6 +348,11 @@ def test_a_check_can_fail() -> None:
     assert check.holds
     assert not replace(check, simulated=1.3).holds
     assert not replace(check, simulated=0.7).holds
+
+
+def test_parts_that_bind_together_are_one_rung() -> None:
+    parts = [("loop", 100.0), ("pool", 300.0), ("thread", 310.0), ("network", 900.0)]
+    assert rungs(parts) == [parts[:1], parts[1:3], parts[3:]]
 
 
 def test_numbers_are_written_with_three_digits_that_count() -> None:

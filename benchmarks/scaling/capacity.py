@@ -17,6 +17,7 @@ class Limits:
     max_queued_images: int = 256
     max_connections: int = 1000
     poll_s: float = 5.0
+    poll_jitter: float = 0.0  # share of it by which a look may come sooner or later
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,11 @@ def replica_images_s(
 
 
 def in_order(capacities: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Parts by what they carry, the bottleneck first. The device stands for the inference thread that
-    drives it unless the banks' answers make a difference of more than a tenth."""
+    """Parts by what they carry, the bottleneck first. The inference thread is left out where it carries
+    nearly what the device does, which it drives."""
     shown = dict(capacities)
     if shown["inference thread"] > 0.9 * shown["device"]:
         del shown["inference thread"]
-    else:
-        del shown["device"]
     return sorted(shown.items(), key=lambda part: part[1])
 
 

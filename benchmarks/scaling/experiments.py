@@ -69,11 +69,18 @@ def _summary(rate: float, outcomes: Outcomes) -> dict[str, float]:
 def following(costs: Costs, assumed: Mapping[str, float], limits: Limits) -> list[dict[str, float]]:
     """How a change spreads over all replicas of each fleet, beside what the formula says."""
     log = log_costs(costs, assumed, NUM_TASKS)
-    mean_s, latest_s = served_after_s(log, limits.poll_s)
+    mean_s, latest_s = served_after_s(log, limits.poll_s, limits.poll_jitter)
     rows = []
     for hosts in HOSTS:
         replicas = round(hosts * assumed["devices"])
-        taken = spread(log, replicas, limits.poll_s, gap_s=limits.poll_s, revisions=REVISIONS)
+        taken = spread(
+            log,
+            replicas,
+            limits.poll_s,
+            gap_s=limits.poll_s,
+            revisions=REVISIONS,
+            jitter=limits.poll_jitter,
+        )
         every = sorted(seconds for revision in taken for seconds in revision)
         rows.append(
             {

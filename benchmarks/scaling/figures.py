@@ -19,11 +19,8 @@ def draw_all(folder: Path, result: Mapping[str, Any]) -> None:
 
 def parts(result: Mapping[str, Any]) -> Figure:
     """What each part of a process could carry: the range, and the central case."""
-    devices = {
-        case: dict(one["parts"]) | {"the device alone": one["device_alone_images_s"]}
-        for case, one in result["forecast"]["device"].items()
-    }
-    names = sorted(devices["central"], key=lambda name: devices["central"][name], reverse=True)
+    devices = {case: dict(one["parts"]) for case, one in result["forecast"]["device"].items()}
+    names = [name for name, _ in reversed(result["forecast"]["device"]["central"]["parts"])]
     figure = Figure(figsize=(7.5, 3.0), layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(names):

@@ -36,6 +36,8 @@ LIST_COUNTS = (100, 1000, 10_000, 100_000)
 PICTURE = 1  # of the kinds that were measured: 500 pixels
 WRITER_COUNTS = (1, 2, 4, 8, 80)
 REGISTRATIONS_A_DAY = 1000  # of which the store's growth is reckoned
+HEARTBEAT_S = 10.0  # were every replica to write a record of itself so often
+HEARTBEAT = Requests(get=0, put=1, list=0, bytes_in=0, bytes_out=0)
 LOOK_BY_NAME = Requests(get=1, put=0, list=0, bytes_in=0, bytes_out=0)  # of the next revision: mostly absent
 
 Assumed = Mapping[str, float]
@@ -84,10 +86,8 @@ def forecast(costs: Costs, limits: Limits) -> dict[str, Any]:
 
 def device(costs: Costs, assumed: Assumed, limits: Limits, workload: Workload) -> dict[str, Any]:
     """One process with one device: what each part carries, the bottleneck first, and tasks in its memory."""
-    capacities = replica_images_s(costs, assumed, limits, workload)
     return {
-        "parts": in_order(capacities),
-        "device_alone_images_s": capacities["device"],
+        "parts": in_order(replica_images_s(costs, assumed, limits, workload)),
         "tasks": tasks_in_memory(costs, assumed),
     }
 
@@ -105,14 +105,14 @@ def of_hosts(
     replicas = round(hosts * assumed["devices"])
     images_s = replicas * in_order(replica_images_s(costs, assumed, limits, workload))[0][1]
     log = log_costs(costs, assumed, workload.num_tasks)
-    mean_s, latest_s = served_after_s(log, limits.poll_s)
+    mean_s, latest_s = served_after_s(log, limits.poll_s, limits.poll_jitter)
     begun = start(costs, assumed, hosts, workload.num_tasks)
     look = costs.requests_of("look", workload.num_tasks)
     return {
         "replicas": replicas,
         "images_s": images_s,
         "registrations_s": registrations_s(log),
-        "attempt_store_s": log.lone_attempt_s() - log.build_s,
+        "attempt_store_s": log.lone_attempt_s - log.build_s,
         "attempt_build_s": log.build_s,
         "loader_share": loader_share(log, limits.poll_s),
         "served_after_mean_s": mean_s,
@@ -122,6 +122,7 @@ def of_hosts(
         "polling_by_name_dollars_month": polling_dollars_month(
             LOOK_BY_NAME, assumed, replicas, limits.poll_s
         ),
+        "heartbeat_dollars_month": polling_dollars_month(HEARTBEAT, assumed, replicas, HEARTBEAT_S),
         "dollars_a_thousand_registrations": 1000
         * registration_dollars(costs, assumed, replicas, workload.num_tasks),
         "start_alone_s": begun.alone_s,

@@ -37,6 +37,7 @@ def answer(result: Result) -> str:
             ("$ for a thousand registrations, store", *across("dollars_a_thousand_registrations")),
             ("polling, requests/s", *across("looks_s")),
             ("polling, $/month", *across("polling_dollars_month")),
+            ("a record of each in the store every 10 s, $/month", *across("heartbeat_dollars_month")),
             ("all start at once, until the last serves", *across("start_together_s", duration)),
             ("what holds them up", *bounds),
             ("read from the store meanwhile", *across("start_bytes", size)),
@@ -52,9 +53,6 @@ def parts(result: Result) -> str:
     for name, central in device["central"]["parts"]:
         ends = {case: by_case[case].get(name, central) for case in CASES}
         rows.append((name, in_range(ends)))
-    rows.append(
-        ("the device alone", in_range({case: device[case]["device_alone_images_s"] for case in CASES}))
-    )
     return table(("part of one process", "images/s it could carry"), rows)
 
 
@@ -154,7 +152,8 @@ def revisions(result: Result) -> str:
         f"{table(head, rows)}\n\n"
         f"$/month: what a month of {a_day} registrations a day adds to the bill for storage by its\n"
         f"revisions; its modules add {modules}. The revisions that were measured {form}:\n"
-        f"each added {added} bytes. A list of all outgrows the module that is registered at {doubled} tasks."
+        f"each task added {added} bytes. A list of all outgrows the module that is registered at {doubled}\n"
+        "tasks."
     )
 
 
@@ -164,7 +163,7 @@ def writers(result: Result) -> str:
             number(row["writers"]),
             number(row["registrations_s"]),
             number(row["attempts"]),
-            f"{100 * row['given_up_by_chance']:.2g} %",
+            f"{100 * row['given_up_by_chance']:.2f} %",
         )
         for row in result["forecast"]["writers"]
     ]

@@ -51,6 +51,8 @@ def link(name: str) -> str:
 
 def plain(value: float) -> str:
     """A value as it was put in: powers of a thousand above a million, all its digits below."""
+    if value == 0:
+        return "0"
     if value < 1e6:
         return f"{value:,g}" if value >= 1e-3 else f"{value:.1e}"
     exponent = (len(f"{value:.0f}") - 1) // 3 * 3

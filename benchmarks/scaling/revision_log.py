@@ -18,22 +18,24 @@ MAX_ATTEMPTS = 20  # as model_store/publishing.py has it
 
 @dataclass(frozen=True, slots=True)
 class LogCosts:
-    """Medians of the seconds that a step takes, and how unequal they are."""
+    """What a step takes: the medians of its requests, one after another, and the work of a core."""
 
-    list_s: float
-    get_s: float
-    put_s: float
+    look_s: tuple[float, ...]  # to see whether there is a newer revision
+    take_over_s: tuple[float, ...]  # to read it, if there is
+    publish_s: tuple[float, ...]  # to write a module and a revision
     follow_s: float  # to take over one change of others, without its requests
     build_s: float  # to check, build and judge a change of one's own, without its requests
     tail: float = 1.0  # 99th percentile of a request over its median; lognormal
 
+    @property
     def lone_attempt_s(self) -> float:
         """An attempt when no other writer published since the last."""
-        return self.list_s + self.build_s + 2 * self.put_s
+        return sum(self.look_s) + self.build_s + sum(self.publish_s)
 
+    @property
     def attempt_s(self) -> float:
         """An attempt that takes over another's revision first."""
-        return self.lone_attempt_s() + 2 * self.get_s + self.follow_s
+        return self.lone_attempt_s + sum(self.take_over_s) + self.follow_s
 
 
 @dataclass(slots=True)
@@ -61,17 +63,17 @@ class RevisionLog:
     def head(self) -> int:
         return len(self.created_at) - 1
 
-    def _request(self, median_s: float) -> simpy.Event:
-        seconds = median_s * math.exp(self._sigma * self._chance.gauss(0.0, 1.0)) if self._sigma else median_s
-        return self._environment.timeout(seconds)
+    def _requests(self, medians_s: tuple[float, ...]) -> Steps:
+        for median_s in medians_s:
+            unlike = math.exp(self._sigma * self._chance.gauss(0.0, 1.0)) if self._sigma else 1.0
+            yield self._environment.timeout(unlike * median_s)
 
     def _look(self, known: int) -> Generator[simpy.Event, object, int]:
-        """The newest revision, read with its module if it is new."""
-        yield self._request(self._costs.list_s)
+        """The newest revision, taken over if it is new."""
+        yield from self._requests(self._costs.look_s)
         head = self.head
         if head > known:
-            yield self._request(self._costs.get_s)
-            yield self._request(self._costs.get_s)  # the modules, at once
+            yield from self._requests(self._costs.take_over_s)
             yield self._environment.timeout(self._costs.follow_s)
         return head
 
@@ -81,8 +83,7 @@ class RevisionLog:
             self.published.num_attempts += 1
             known = yield from self._look(known)
             yield self._environment.timeout(self._costs.build_s)
-            yield self._request(self._costs.put_s)
-            yield self._request(self._costs.put_s)
+            yield from self._requests(self._costs.publish_s)
             if self.head == known:
                 self.created_at.append(self._environment.now)
                 self.served_after_s.append([])
@@ -91,16 +92,16 @@ class RevisionLog:
         self.published.num_given_up += 1
         return known
 
-    def follow(self, poll_s: float, phase_s: float) -> Steps:
-        """A replica that looks every `poll_s`, first after `phase_s`."""
+    def follow(self, poll_s: float, jitter: float) -> Steps:
+        """A replica that looks every `poll_s`, give or take a share of it, having begun at any time."""
         known = 0
-        yield self._environment.timeout(phase_s)
+        yield self._environment.timeout(self._chance.uniform(0.0, poll_s))
         while True:
             head = yield from self._look(known)
             for revision in range(known + 1, head + 1):
                 self.served_after_s[revision].append(self._environment.now - self.created_at[revision])
             known = head
-            yield self._environment.timeout(poll_s)
+            yield self._environment.timeout(poll_s * self._chance.uniform(1.0 - jitter, 1.0 + jitter))
 
 
 def saturated_writers(costs: LogCosts, writers: int, seconds: float, seed: int = 0) -> Published:
@@ -147,14 +148,20 @@ def offered_registrations(
 
 
 def spread(
-    costs: LogCosts, replicas: int, poll_s: float, gap_s: float, revisions: int, seed: int = 0
+    costs: LogCosts,
+    replicas: int,
+    poll_s: float,
+    gap_s: float,
+    revisions: int,
+    *,
+    jitter: float = 0.0,
+    seed: int = 0,
 ) -> list[list[float]]:
     """Seconds until each replica serves each of `revisions` changes, made `gap_s` apart by one writer."""
     environment = simpy.Environment()
     log = RevisionLog(environment, costs, seed)
-    chance = random.Random(seed + 1)
     for _ in range(replicas):
-        environment.process(log.follow(poll_s, chance.uniform(0.0, poll_s)))
+        environment.process(log.follow(poll_s, jitter))
 
     def write() -> Steps:
         known = 0

@@ -47,12 +47,16 @@ def tasks_that_double_a_registration(costs: Costs) -> int:
 
 
 def log_costs(costs: Costs, assumed: Mapping[str, float], num_tasks: int) -> LogCosts:
-    """Steps of writers and followers with so many tasks."""
+    """Steps of writers and followers with so many tasks, from the requests that were counted."""
     speed = assumed["core_speed"]
+    look, follow, register = (
+        costs.requests_of(operation, num_tasks) for operation in ("look", "follow", "register")
+    )
     return LogCosts(
-        list_s=assumed["list_s"],
-        get_s=assumed["get_s"],
-        put_s=assumed["put_s"],
+        look_s=(assumed["list_s"],) * look.list + (assumed["get_s"],) * look.get,
+        take_over_s=(assumed["list_s"],) * (follow.list - look.list)
+        + (assumed["get_s"],) * (follow.get - look.get),
+        publish_s=(assumed["put_s"],) * register.put,
         follow_s=costs.operation_s["follow"](num_tasks) / speed,
         build_s=costs.operation_s["register"](num_tasks) / speed,
         tail=assumed["tail"],
@@ -62,12 +66,12 @@ def log_costs(costs: Costs, assumed: Mapping[str, float], num_tasks: int) -> Log
 def registrations_s(log: LogCosts) -> float:
     """What the log takes, from however many writers: whoever published last is the first to be done again, as
     the others have its revision to take over, and whoever began before it must begin again."""
-    return 1.0 / log.lone_attempt_s()
+    return 1.0 / log.lone_attempt_s
 
 
 def attempts_a_publication(log: LogCosts, writers: int) -> float:
     """When all write without pause: while one attempt succeeds, the others make theirs in vain."""
-    return 1.0 + (writers - 1) * log.lone_attempt_s() / log.attempt_s()
+    return 1.0 + (writers - 1) * log.lone_attempt_s / log.attempt_s
 
 
 def share_given_up(writers: int) -> float:
@@ -78,11 +82,13 @@ def share_given_up(writers: int) -> float:
 # -- following ---------------------------------------------------------------------------------------
 
 
-def served_after_s(log: LogCosts, poll_s: float) -> tuple[float, float]:
+def served_after_s(log: LogCosts, poll_s: float, jitter: float = 0.0) -> tuple[float, float]:
     """Seconds after its publication that a replica serves a change: in the mean, and at the latest when
-    requests take their median. Looking comes `poll_s` after the last look's end."""
-    work_s = log.list_s + 2 * log.get_s + log.follow_s
-    return (poll_s + log.list_s) / 2 + work_s, poll_s + log.list_s + work_s
+    requests take their median. A look comes `poll_s` after the end of the last one, give or take a share."""
+    look_s = sum(log.look_s)
+    work_s = look_s + sum(log.take_over_s) + log.follow_s
+    unequal = jitter**2 / 3 * poll_s / 2  # long gaps are met more often than short ones
+    return (poll_s + look_s) / 2 + unequal + work_s, (1.0 + jitter) * poll_s + look_s + work_s
 
 
 def polling_dollars_month(
@@ -108,7 +114,8 @@ def registration_dollars(costs: Costs, assumed: Mapping[str, float], replicas: i
 def loader_share(log: LogCosts, poll_s: float) -> float:
     """Of the time of a replica's loader thread that following takes while there is always something new: it
     takes over the newest revision at once, so more registrations do not add to it but for their modules."""
-    return log.follow_s / (poll_s + log.list_s + 2 * log.get_s + log.follow_s)
+    requests_s = sum(log.look_s) + sum(log.take_over_s)
+    return log.follow_s / (poll_s + requests_s + log.follow_s)
 
 
 # -- starting ----------------------------------------------------------------------------------------
