@@ -211,7 +211,7 @@ def check_writers(results: Mapping[str, Any]) -> list[Check]:
     log = LogCosts(
         look_s=(delay_s,) * requests_of(look),
         take_over_s=(delay_s,) * (requests_of(follow) - requests_of(look)),
-        publish_s=(delay_s,) * register["put"],
+        publish_s=(delay_s,) * (requests_of(register) - requests_of(look)),
         follow_s=build_s / 2,
         build_s=build_s,
         tail=1.05,

@@ -96,14 +96,27 @@ def starts(result: Result) -> str:
         "if one of a host read",
         "and from 16 prefixes",
     )
-    history = result["forecast"]["history"]
+    history, start = result["forecast"]["history"], _operation(result, "start")
+    tasks, requests, read = (
+        number(start["tasks"]),
+        number(start["get"] + start["list"]),
+        size(start["bytes_in"]),
+    )
     a_day, listing = number(history["revisions_a_year"] / 365.25), duration(history["listing_s"])
     return (
         f"{table(head, rows)}\n\n"
-        "Before that, each process lists the history, 1,000 revisions a request: after a year of\n"
+        f"With {tasks} tasks each process makes {requests} requests for {read}. Before that, each process\n"
+        "lists the history, 1,000 revisions a request: after a year of\n"
         f"{a_day} registrations a day for {listing}, after a year of all that the log takes for\n"
         f"{duration(history['most_listing_s'])}."
     )
+
+
+def _operation(result: Result, name: str) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = next(
+        row for row in result["forecast"]["operations"] if row["operation"] == name
+    )
+    return found
 
 
 def operations(result: Result) -> str:
@@ -120,7 +133,13 @@ def operations(result: Result) -> str:
     ]
     tasks = number(result["forecast"]["operations"][0]["tasks"])
     head = (f"with {tasks} tasks", "GET", "PUT", "LIST", "read", "written", "processor", "$ for a million")
-    return table(head, rows)
+    price = (
+        "A look costs as much as a write, because it lists; asking for the next revision by its name, which\n"
+        "is mostly not there, would be a GET."
+        if _operation(result, "look")["list"]
+        else "A look asks for the next revision by its name, which is mostly not there."
+    )
+    return f"{table(head, rows)}\n\n{price}"
 
 
 def revisions(result: Result) -> str:
@@ -145,15 +164,15 @@ def revisions(result: Result) -> str:
         "read by 1,000 hosts, all",
         "changes",
     )
-    form = "list every task" if found["lists_every_task"] else "do not list every task"
+    added = number(found["measured_bytes_a_task"])
+    form = f"list every task, {added} bytes each" if found["lists_every_task"] else "do not list every task"
     a_day, modules = number(found["registrations_a_day"]), number(found["module_dollars_month"])
-    added, doubled = number(found["measured_bytes_a_task"]), number(found["doubled_from_tasks"])
+    doubled = number(found["doubled_from_tasks"])
     return (
         f"{table(head, rows)}\n\n"
         f"$/month: what a month of {a_day} registrations a day adds to the bill for storage by its\n"
-        f"revisions; its modules add {modules}. The revisions that were measured {form}:\n"
-        f"each task added {added} bytes. A list of all outgrows the module that is registered at {doubled}\n"
-        "tasks."
+        f"revisions; its modules add {modules}. The revisions that were measured {form}.\n"
+        f"A list of all outgrows the module that is registered at {doubled} tasks."
     )
 
 

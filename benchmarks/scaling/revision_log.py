@@ -22,7 +22,7 @@ class LogCosts:
 
     look_s: tuple[float, ...]  # to see whether there is a newer revision
     take_over_s: tuple[float, ...]  # to read it, if there is
-    publish_s: tuple[float, ...]  # to write a module and a revision
+    publish_s: tuple[float, ...]  # to judge and write one's own
     follow_s: float  # to take over one change of others, without its requests
     build_s: float  # to check, build and judge a change of one's own, without its requests
     tail: float = 1.0  # 99th percentile of a request over its median; lognormal

@@ -56,7 +56,7 @@ def log_costs(costs: Costs, assumed: Mapping[str, float], num_tasks: int) -> Log
         look_s=(assumed["list_s"],) * look.list + (assumed["get_s"],) * look.get,
         take_over_s=(assumed["list_s"],) * (follow.list - look.list)
         + (assumed["get_s"],) * (follow.get - look.get),
-        publish_s=(assumed["put_s"],) * register.put,
+        publish_s=(assumed["get_s"],) * (register.get - look.get) + (assumed["put_s"],) * register.put,
         follow_s=costs.operation_s["follow"](num_tasks) / speed,
         build_s=costs.operation_s["register"](num_tasks) / speed,
         tail=assumed["tail"],
