@@ -18,15 +18,12 @@ from pathlib import Path
 import httpx
 
 from benchmarks.machine import machine
+from benchmarks.request_path import CLIENTS, DEMO, REQUESTS, ROUNDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from serving import running_server
 
-DEMO = Path(".tosca")
 RESULT = Path(__file__).parent / "results" / "request_threads.json"
-ROUNDS = int(os.environ.get("TOSCA_BENCH_ROUNDS", "5"))
-REQUESTS = int(os.environ.get("TOSCA_BENCH_REQUESTS", "2000"))
-CLIENTS = 8
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
