@@ -10,12 +10,16 @@ ALL = (
     "decoding",
     "training",
     "request_path",
+    "request_threads",
     "tasks",
+    "bank_batches",
     "cycles",
+    "store_operations",
     "serving",
     "ray_serve",
     "telemetry",
     "plots",
+    "scaling",  # last: it reads the others' results
 )
 
 

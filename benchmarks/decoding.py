@@ -2,7 +2,8 @@
 and reduced inside the decoder to 1, 2 and 3 times the side that resizing leaves.
 
 The photographs are scikit-learn's two and the demo's textiles, enlarged, with sensor noise added, since a
-smooth enlargement would flatter the reduction.
+smooth enlargement would flatter the reduction. Beside that, what decoding costs as it is served: the small
+pictures of benchmarks/serving.py, and the large ones at 500 and at 4000 pixels.
 """
 
 import io
@@ -20,7 +21,7 @@ from benchmarks.machine import machine
 from model_store.backbone_loading import load_backbone
 from model_store.decoding import ImageLimits, decode_image
 from model_store.measuring import embed_all
-from model_store.preprocess import REDUCING_GAP, to_pixels
+from model_store.preprocess import REDUCING_GAP, Preprocessing, open_picture, to_pixels
 from model_store.runtimes.runtime import REFERENCE
 from model_store.store import ModelStore
 
@@ -30,6 +31,8 @@ LONG_SIDE = 4000
 GAPS = (None, 1, 2, 3)
 NOISE = 4.0
 NUM_TEXTILES = 10
+SMALL_SIDE, WEB_SIDE = 256, 500  # the small ones are those of benchmarks/serving.py
+SERVED_ROUNDS = 5
 
 
 def main() -> None:
@@ -64,9 +67,45 @@ def main() -> None:
         "long_side": LONG_SIDE,
         "chosen_gap": REDUCING_GAP,
         "rows": rows,
+        "as_served": measure_as_served(photographs, backbone.preprocessing),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
+
+
+def measure_as_served(large: list[bytes], preprocessing: Preprocessing) -> list[dict[str, float]]:
+    """Bytes and processor time of a picture, file to pixels on one thread, by its long side; medians."""
+    torch.set_num_threads(1)
+    camera = [Image.open(io.BytesIO(data)) for data in large]
+    sent = {SMALL_SIDE: shrunk(photographs_at_hand(), SMALL_SIDE), WEB_SIDE: shrunk(camera, WEB_SIDE)}
+    sent[LONG_SIDE] = large
+    rows = []
+    for side, files in sorted(sent.items()):
+        milliseconds = []
+        for data in files * SERVED_ROUNDS:
+            started = time.process_time()
+            open_picture(data, preprocessing, ImageLimits()).load()
+            milliseconds.append(1e3 * (time.process_time() - started))
+        rows.append(
+            {
+                "long_side": side,
+                "bytes": round(statistics.median(map(len, files))),
+                "cpu_ms": statistics.median(milliseconds),
+            }
+        )
+        print(rows[-1])
+    return rows
+
+
+def shrunk(photographs: list[Image.Image], side: int) -> list[bytes]:
+    """JPEGs of at most `side` pixels a side."""
+    files = []
+    for photograph in photographs:
+        photograph.thumbnail((side, side), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        photograph.save(file, "JPEG", quality=90)
+        files.append(file.getvalue())
+    return files
 
 
 def photographs_at_hand() -> list[Image.Image]:

@@ -1,0 +1,3 @@
+from benchmarks.scaling.report import main
+
+main()
