@@ -121,7 +121,8 @@ def main() -> None:
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report))
-    sys.exit(bool(record.failures or lost or mismatches))
+    if record.failures or lost or mismatches:
+        sys.exit(1)
 
 
 def measure(

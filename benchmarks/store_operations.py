@@ -172,6 +172,9 @@ def fill(folder: Path, num_tasks: int) -> list[bytes]:
         data = moved_file(template, f"task{i:05}", distance, i, publisher.backbone)
         tasks[f"task{i:05}"] = store.put_module(data)
     store.publish(lambda _: tasks, "many tasks")
+    with_tasks = Publisher(store)
+    if with_tasks.epoch_is_due:  # as a server does after a change
+        with_tasks.begin_epoch()
     return [moved_file(template, "visitor", distance, 10**6 + i, publisher.backbone) for i in range(ROUNDS)]
 
 

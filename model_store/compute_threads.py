@@ -1,8 +1,26 @@
 """How many compute threads torch starts from a thread of ours."""
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
+
+_setting = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_compute_thread() -> Iterator[None]:
+    """Within, this thread computes by itself: sums have one order then, however many processors there are."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def use_one_compute_thread() -> None:
@@ -11,9 +29,10 @@ def use_one_compute_thread() -> None:
     Two threads that each start as many compute threads as there are cores wait for one another at the end of
     every small product: on a busy machine a registration then takes ten times as long.
     """
-    default = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # The call also set what threads begin with that have not computed yet; only this one was meant.
-    restoring = threading.Thread(target=torch.set_num_threads, args=(default,))
-    restoring.start()
-    restoring.join()
+    with _setting:
+        default = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # The call also set what threads begin with that have not computed yet; only this one was meant.
+        restoring = threading.Thread(target=torch.set_num_threads, args=(default,))
+        restoring.start()
+        restoring.join()

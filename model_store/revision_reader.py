@@ -8,7 +8,7 @@ import torch
 
 from model_store.backbone import BackboneManifest
 from model_store.bank import ModuleBank
-from model_store.compute_threads import use_one_compute_thread
+from model_store.compute_threads import one_compute_thread, use_one_compute_thread
 from model_store.deferred import ListedFile, ModuleCache
 from model_store.epoch import Epoch
 from model_store.epoch_file import EpochRecord, read_listing, write_listings
@@ -196,18 +196,19 @@ class RevisionReader:
         signers: Mapping[str, str],
         pooled: PooledStatistics | None = None,
     ) -> ModuleBank:
-        return ModuleBank.build(
-            (file.module for file in files.values()),
-            revision=number,
-            backbone_fingerprint=self._backbone.fingerprint,
-            feature_dim=self._backbone.feature_dim,
-            device=self._device,
-            epoch=epoch,
-            pooled=pooled,
-            previous=previous.bank if previous else None,
-            recall=self.modules.get,
-            signers=signers,
-        )
+        with one_compute_thread():  # so that every replica has the same bits
+            return ModuleBank.build(
+                (file.module for file in files.values()),
+                revision=number,
+                backbone_fingerprint=self._backbone.fingerprint,
+                feature_dim=self._backbone.feature_dim,
+                device=self._device,
+                epoch=epoch,
+                pooled=pooled,
+                previous=previous.bank if previous else None,
+                recall=self.modules.get,
+                signers=signers,
+            )
 
     def _record_of(self, ref: EpochRef | None) -> EpochRecord | None:
         """The record of an epoch; the last one stays in memory."""

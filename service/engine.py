@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
+from model_store.compute_threads import use_one_compute_thread
 from model_store.errors import ToscaError
 from model_store.preprocess import open_picture
 from model_store.runtimes.runtime import runtime_kind
@@ -47,7 +48,7 @@ class Engine:
         self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
         self.recent = RecentAnswers(settings.max_recent_answers)
         self.pixel_budget = self._budget_beside_queue()
-        self._decoders = ThreadPoolExecutor(settings.num_decode_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(settings.num_decode_threads, "decode", use_one_compute_thread)
         self._drain = DrainRate()
         self._inference = InferenceThread(
             backbone,

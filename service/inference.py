@@ -73,10 +73,12 @@ class InferenceThread:
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
         self._readers = ThreadPoolExecutor(_NUM_READERS, "module-reader", use_one_compute_thread)
+        self._num_compute_threads = torch.get_num_threads()
         self._busy_since: float | None = None
         self.has_died = False
 
     def start(self) -> None:
+        self._num_compute_threads = torch.get_num_threads()
         self._thread.start()
 
     def stop(self) -> None:
@@ -121,6 +123,7 @@ class InferenceThread:
     def _run(self) -> None:
         batch: list[Waiting] | None = []
         try:
+            torch.set_num_threads(self._num_compute_threads)  # whatever other threads have set for themselves
             while (batch := self._collect()) is not None:
                 self._busy_since = time.monotonic()
                 self._execute(batch)

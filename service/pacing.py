@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 Result = TypeVar("Result")
-_JITTER = 0.2  # of an interval, to either side
+JITTER = 0.2  # of an interval, to either side
 
 
 def jittered(interval_s: float) -> float:
     """An interval a little shorter or longer, so that replicas started together do not ask together."""
-    return interval_s * random.uniform(1.0 - _JITTER, 1.0 + _JITTER)  # noqa: S311
+    return interval_s * random.uniform(1.0 - JITTER, 1.0 + JITTER)  # noqa: S311
 
 
 class SingleFlight(Generic[Result]):

@@ -15,6 +15,7 @@ from benchmarks.scaling.experiments import following, on_a_device, writing
 from benchmarks.scaling.figures import draw_all
 from benchmarks.scaling.forecast import NUM_TASKS, PICTURE, forecast
 from benchmarks.scaling.page import PAGE, with_tables
+from service.pacing import JITTER
 from service.settings import Settings
 
 RESULT = RESULTS / "scaling.json"
@@ -75,4 +76,5 @@ def limits_of_service() -> Limits:
         max_queued_images=fields["max_queued_images"].default,
         max_connections=fields["max_connections"].default,
         poll_s=fields["store_poll_s"].default,
+        poll_jitter=JITTER,
     )
