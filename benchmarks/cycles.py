@@ -13,9 +13,9 @@ import torch
 
 from benchmarks.machine import machine, resident_bytes
 from benchmarks.many_tasks import moved_file, task_distance
+from model_store.freed_memory import give_back_memory
 from model_store.publishing import Publisher
 from model_store.store import ModelStore
-from service.loader import give_back_memory
 
 DEMO = Path(".tosca")
 RESULT = Path(__file__).parent / "results" / "cycles.json"

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from model_store.errors import CorruptStore
+from model_store.freed_memory import give_back_memory
 from model_store.manifest import ModuleManifest
 from model_store.task_module import TaskModule
 
 DEFAULT_MAX_BYTES = 2 * 2**30
 # What a module weighs beside its tensors' contents: some twenty tensor objects and the module's own.
 _OVERHEAD_BYTES = 16 * 2**10
+# Share of the memory after whose eviction freed memory is given back.
+_UNTIDY_SHARE = 0.25
 
 
 _may_read: ContextVar[bool] = ContextVar("may_read", default=True)
@@ -48,6 +51,19 @@ class ModuleMemory:
     num_reads: int
 
 
+class _Modules(cachetools.LRUCache[str, TaskModule]):
+    """Counts what had to make room."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(max_bytes, module_bytes)
+        self.evicted_bytes = 0
+
+    def popitem(self) -> tuple[str, TaskModule]:
+        sha256, module = super().popitem()
+        self.evicted_bytes += module_bytes(module)
+        return sha256, module
+
+
 class ModuleCache:
     """Whole modules by digest, those used last, within a number of bytes. Safe to use from several threads.
 
@@ -58,7 +74,7 @@ class ModuleCache:
     def __init__(self, load: Callable[[str], TaskModule], max_bytes: int = DEFAULT_MAX_BYTES) -> None:
         """`load` reads and checks the module with a SHA-256; its faults reach whoever asks."""
         self._load = load
-        self._modules: cachetools.LRUCache[str, TaskModule] = cachetools.LRUCache(max_bytes, module_bytes)
+        self._modules = _Modules(max_bytes)
         self._reading: dict[str, Future[TaskModule]] = {}
         self._lock = threading.Lock()
         self._num_hits = 0
@@ -102,6 +118,11 @@ class ModuleCache:
         with self._lock:
             if module_bytes(module) <= self._modules.maxsize:
                 self._modules[module.sha256] = module
+            is_untidy = self._modules.evicted_bytes > _UNTIDY_SHARE * self._modules.maxsize
+            if is_untidy:
+                self._modules.evicted_bytes = 0
+        if is_untidy:
+            give_back_memory()
 
     @property
     def memory(self) -> ModuleMemory:

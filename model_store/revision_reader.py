@@ -13,6 +13,7 @@ from model_store.deferred import ListedFile, ModuleCache
 from model_store.epoch import Epoch
 from model_store.epoch_file import EpochRecord, read_listing, write_listings
 from model_store.errors import CorruptStore
+from model_store.freed_memory import give_back_memory
 from model_store.module_file import ModuleFile, check_module, read_module
 from model_store.revision import EpochRef, Revision
 from model_store.signatures import Signature, Trust
@@ -178,6 +179,7 @@ class RevisionReader:
         with ThreadPoolExecutor(None, "admit", use_one_compute_thread) as pool:
             for start in range(0, len(sha256s), _ADMITTED_TOGETHER):
                 yield from pool.map(self._admit_stored, sha256s[start : start + _ADMITTED_TOGETHER])
+                give_back_memory()  # else several times what is kept
 
     def _admit_stored(self, sha256: str) -> tuple[ModuleFile, str | None]:
         """A module of the store, checked, and the trusted signer who vouches for it."""

@@ -1,6 +1,5 @@
-"""The thread that changes the active set: out of the way of the passes, and tidy about memory."""
+"""The thread that changes the active set, out of the way of the passes."""
 
-import ctypes
 import os
 import sys
 import threading
@@ -18,13 +17,3 @@ def make_loader(niceness: int) -> ThreadPoolExecutor:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
     return ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=yield_to_answers)
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system. glibc keeps what lies between living allocations: after building a
-    bank of a thousand tasks about a tenth of its size."""
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # other C libraries give memory back by themselves
-        trim(0)

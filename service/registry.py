@@ -11,13 +11,14 @@ from typing import TypeVar
 from model_store.bank import ModuleBank
 from model_store.deferred import ModuleMemory, NotInMemory, from_memory_alone
 from model_store.errors import Conflict, ToscaError
+from model_store.freed_memory import give_back_memory
 from model_store.publishing import Outcome, Publisher
 from model_store.revision_reader import ActiveSet
 from model_store.signatures import Signature
 from model_store.store import ModelStore
 from service.audit import AuditLog
 from service.errors import RevisionBehind
-from service.loader import give_back_memory, make_loader
+from service.loader import make_loader
 from service.pacing import SingleFlight, jittered
 from service.request_context import current_request
 

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from service.loader import give_back_memory, make_loader
+from model_store.freed_memory import give_back_memory
+from service.loader import make_loader
 
 
 def niceness() -> int:
