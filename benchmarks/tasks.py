@@ -179,6 +179,10 @@ def measure_service(backbone: BackboneManifest, template: TaskModule, distance: 
                 tasks[f"task{i:05}"] = store.put_module(data)
                 sizes.append(len(data))
             store.publish(lambda _, tasks=tasks: tasks, "many tasks")  # type: ignore[misc]
+            publisher = Publisher(store)
+            if publisher.epoch_is_due:  # as after a registration by a server
+                publisher.begin_epoch()
+            del publisher
         new = [
             moved_file(template, f"new{i:05}", distance, 10**6 + i, backbone)
             for i in range(int(SECONDS / SECONDS_BETWEEN_REGISTRATIONS) + 1)

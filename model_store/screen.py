@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from model_store.class_means import ClassMeans
+from model_store.compute_threads import side_by_side
 
 # No cosine of the screen is further from the exact one. Both unit vectors and the result are rounded to
 # bfloat16, each by at most 2^-9 of itself, and Σ |u_i v_i| ≤ 1; a fourth share covers float32 whitening.
 SCREEN_ERROR = 4 * 2.0**-9
+_BLOCKS_A_PART = 8  # some 16,000 classes, which one thread looks at in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,5 +64,11 @@ class ClassScreen:
     def cosines(self, shifted_BD: Tensor) -> Tensor:
         """[B, K] float32 whitened cosines of [B, D] vectors x − c, each within SCREEN_ERROR."""
         unit_BD = F.normalize(shifted_BD.float() @ self.whiten_DD, dim=1).bfloat16()
-        cosine_BC = [unit_BD @ block.direction_CD.T for block in self.blocks.values()]
-        return torch.cat(cosine_BC, dim=1).float()
+        blocks = list(self.blocks.values())
+
+        def cosines_of(start: int) -> Tensor:
+            some = blocks[start : start + _BLOCKS_A_PART]
+            return torch.cat([unit_BD @ block.direction_CD.T for block in some], dim=1)
+
+        parts = side_by_side(cosines_of, range(0, len(blocks), _BLOCKS_A_PART))
+        return torch.cat(parts, dim=1).float()

@@ -42,6 +42,7 @@ def classes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model_store.publishing, "EPOCH_CLASSES", 20)
     monkeypatch.setattr(model_store.revision_reader, "WORTH_LISTINGS", 3)
     monkeypatch.setattr("model_store.class_means.BLOCK_CLASSES", 6)
+    monkeypatch.setattr("model_store.screen._BLOCKS_A_PART", 2)
     monkeypatch.setattr("model_store.epoch_file.LISTED_TASKS", 5)
     return str(request.param)
 
