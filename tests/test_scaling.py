@@ -28,7 +28,7 @@ from benchmarks.scaling.store_model import (
     attempts_a_publication,
     best_epoch,
     changes_bytes,
-    listing_s,
+    finding_s,
     loader_share,
     registrations_s,
     revision_line_bytes,
@@ -253,10 +253,11 @@ def test_a_start_is_held_up_by_the_slowest_and_helped_by_reading_once_a_host(cos
     assert many.bytes_read == values()["devices"] * once.bytes_read
 
 
-def test_a_long_history_is_listed_page_by_page() -> None:
+def test_the_end_of_a_long_history_is_found_by_doubling_steps() -> None:
     assumed = values()
-    assert listing_s(assumed, 1) == listing_s(assumed, 1000) == assumed["list_s"]
-    assert listing_s(assumed, 1001) == 2 * assumed["list_s"]
+    assert finding_s(assumed, 1) == finding_s(assumed, 1000) == assumed["list_s"]
+    assert finding_s(assumed, 1001) == assumed["list_s"] + 2 * assumed["get_s"]
+    assert finding_s(assumed, 1e6) < assumed["list_s"] + 50 * assumed["get_s"]
 
 
 def test_following_never_takes_all_of_a_loader() -> None:

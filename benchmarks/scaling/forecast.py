@@ -14,7 +14,7 @@ from benchmarks.scaling.store_model import (
     best_epoch,
     changes_bytes,
     dollars,
-    listing_s,
+    finding_s,
     loader_share,
     log_costs,
     polling_dollars_month,
@@ -159,9 +159,9 @@ def history(costs: Costs, assumed: Assumed) -> dict[str, float]:
     many = 12 * MONTH_S * registrations_s(log_costs(costs, assumed, NUM_TASKS))
     return {
         "revisions_a_year": few,
-        "listing_s": listing_s(assumed, few),
+        "finding_s": finding_s(assumed, few),
         "most_revisions_a_year": many,
-        "most_listing_s": listing_s(assumed, many),
+        "most_finding_s": finding_s(assumed, many),
     }
 
 

@@ -102,13 +102,13 @@ def starts(result: Result) -> str:
         number(start["get"] + start["list"]),
         size(start["bytes_in"]),
     )
-    a_day, listing = number(history["revisions_a_year"] / 365.25), duration(history["listing_s"])
+    a_day, finding = number(history["revisions_a_year"] / 365.25), duration(history["finding_s"])
     return (
         f"{table(head, rows)}\n\n"
         f"With {tasks} tasks each process makes {requests} requests for {read}. Before that, each process\n"
-        "lists the history, 1,000 revisions a request: after a year of\n"
-        f"{a_day} registrations a day for {listing}, after a year of all that the log takes for\n"
-        f"{duration(history['most_listing_s'])}."
+        "finds the end of the history, by a list of 1,000 revisions and steps that double: after a year of\n"
+        f"{a_day} registrations a day in {finding}, after a year of all that the log takes in\n"
+        f"{duration(history['most_finding_s'])}."
     )
 
 

@@ -164,6 +164,7 @@ def start(
     )
 
 
-def listing_s(assumed: Mapping[str, float], num_revisions: float) -> float:
-    """Seconds for which a start lists the history, page after page, to find its end."""
-    return math.ceil(num_revisions / assumed["keys_a_list"]) * assumed["list_s"]
+def finding_s(assumed: Mapping[str, float], num_revisions: float) -> float:
+    """Seconds in which a start finds the end of the history: a page, then steps that double and halve."""
+    behind = max(0.0, num_revisions - assumed["keys_a_list"])
+    return assumed["list_s"] + 2 * math.ceil(math.log2(behind + 1)) * assumed["get_s"]
