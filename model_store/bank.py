@@ -38,6 +38,7 @@ from model_store.statistics import PooledStatistics
 from model_store.task_module import ActiveModule, TaskModule
 from model_store.weighing import TaskWeighing
 
+_CPU = torch.device("cpu")
 Stage = Literal["selected", "evaluated"]  # tasks are weighed, modules have run
 
 
@@ -105,16 +106,21 @@ class ModuleBank:
         sizes = [len(module.labels) for module in ordered]
         selector = None
         if ordered:
-            known = previous.selector if previous is not None and is_continued else None
+            basis = previous.selector if previous is not None and is_continued else None
             sha256s = epoch.sha256s if epoch else None
             selector = WhitenedCosine.fit(
                 ClassMeans.of([module.mean_KD for module in ordered], [module.sha256 for module in ordered]),
-                known.metric if known else Metric.fit(pooled, feature_dim, sha256s=sha256s),
+                basis.metric.to(_CPU) if basis else Metric.fit(pooled, feature_dim, sha256s=sha256s),
                 epoch.centre_D if epoch else None,
                 max_dense_classes=MAX_DENSE_CLASSES if device.type == "cpu" else None,
-                previous=known,
+                previous=basis,
             ).to(device)
         no_probabilities = torch.empty(0, dtype=torch.float64)
+        known_vectors = {}
+        if previous is not None and is_continued:
+            active = {module.sha256 for module in ordered}
+            known = dict(previous._known_vectors)  # a copy in one step: others are adding to it
+            known_vectors = {sha256: vectors for sha256, vectors in known.items() if sha256 in active}
         bank = cls(
             revision=revision,
             backbone_fingerprint=backbone_fingerprint,
@@ -132,7 +138,7 @@ class ModuleBank:
             true_probability_N=(epoch.true_probability_N if epoch else no_probabilities).to(device),
             signers=dict(signers or {}),
             _index={module.task: i for i, module in enumerate(ordered)},
-            _known_vectors=dict(previous._known_vectors) if previous is not None and is_continued else {},
+            _known_vectors=known_vectors,
         )
         return bank._calibrated() if ordered and epoch is None else bank
 

@@ -92,6 +92,8 @@ class Metric:
         return self.sha256s is None or sha256 in self.sha256s
 
     def to(self, device: torch.device) -> "Metric":
+        if self.root_DD.device == device:
+            return self
         return replace(self, root_DD=self.root_DD.to(device), precision_DD=self.precision_DD.to(device))
 
 

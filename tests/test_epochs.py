@@ -82,6 +82,7 @@ def test_a_bank_built_from_the_one_before_equals_one_built_from_nothing(num_task
     answers(bank)  # so that it knows what it may hand on
     for modules in ([*tasks(), new[0]], [*tasks()[2:], *new], [*tasks()[5:], new[1]]):
         bank = in_epoch(modules, epoch, previous=bank)
+        assert set(bank._known_vectors) <= {module.sha256 for module in modules}
         assert answers(bank) == answers(in_epoch(modules, epoch))
 
 
