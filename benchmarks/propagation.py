@@ -17,7 +17,6 @@ must hold the demo's backbone; the credentials of the store come from the usual 
 
 import contextlib
 import hashlib
-import json
 import os
 import random
 import statistics
@@ -39,7 +38,7 @@ from obstore.store import from_url
 from benchmarks.machine import machine
 from benchmarks.soak import train_variants
 from benchmarks.soak_clients import ask
-from benchmarks.soak_record import Acknowledged, Record
+from benchmarks.soak_record import Acknowledged, Record, tell
 from model_store.backbone_loading import load_backbone
 from model_store.store import ModelStore
 
@@ -116,11 +115,7 @@ def main() -> None:
         "replayed": len(record.answers),
         "mismatches": len(mismatches),
     }
-    for problem in (*record.failures[:5], *lost[:5], *mismatches[:5]):
-        print(problem)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    tell(report, RESULT, record.failures, lost, mismatches)
     if record.failures or lost or mismatches:
         sys.exit(1)
 

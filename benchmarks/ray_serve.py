@@ -17,7 +17,6 @@ at best is set by RAY_POLL_S, how often a replica looks into the store.
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import random
 import signal
@@ -38,7 +37,7 @@ from benchmarks.machine import machine
 from benchmarks.propagation import Modules, copy_folder, quantiles, s3_server
 from benchmarks.soak import train_variants
 from benchmarks.soak_clients import ask
-from benchmarks.soak_record import Acknowledged, Record
+from benchmarks.soak_record import Acknowledged, Record, tell
 from model_store.backbone_loading import load_backbone
 from model_store.store import ModelStore
 
@@ -160,11 +159,7 @@ def main() -> None:
         "replayed": len(answers),
         "mismatches": len(mismatches),
     }
-    for problem in (*calm.failures[:5], *lost[:5], *mismatches[:5]):
-        print(problem)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    tell(report, RESULT, calm.failures, lost, mismatches)
     if calm.failures or lost or mismatches or len(propagations_s) < len(changes):
         sys.exit(1)
 

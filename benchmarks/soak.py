@@ -8,7 +8,6 @@ change. Afterwards every answer is computed again offline with the revision in i
 acknowledged change looked up in the store. Reports counts, mismatches, losses, failures and memory.
 """
 
-import json
 import os
 import random
 import shutil
@@ -28,7 +27,7 @@ import torch
 
 from benchmarks.machine import machine
 from benchmarks.soak_clients import ask, change, sample
-from benchmarks.soak_record import Life, Record
+from benchmarks.soak_record import Life, Record, tell
 from model_store.backbone import Backbone
 from model_store.backbone_loading import load_backbone
 from model_store.store import ModelStore, with_task, without_task
@@ -88,11 +87,7 @@ def main() -> None:
             "replayed": len(record.answers),
             "mismatches": len(mismatches),
         }
-    for problem in (*record.failures[:5], *lost[:5], *mismatches[:5]):
-        print(problem)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report))
+    tell(report, RESULT, record.failures, lost, mismatches)
     sys.exit(bool(record.failures or lost or mismatches or growing(record)))
 
 

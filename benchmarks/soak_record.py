@@ -1,9 +1,12 @@
 """What a soak saw: answers, failures, acknowledged changes, and the lives of its server."""
 
+import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from model_store.errors import UnknownRevision
@@ -100,3 +103,13 @@ class Record:
     def newest_acknowledged(self) -> int:
         with self.lock:
             return max((one.revision for one in self.acknowledged), default=0)
+
+
+def tell(report: Mapping[str, object], path: Path, *problems: Sequence[object]) -> None:
+    """Write and print a report, after the first few problems of each kind."""
+    for some in problems:
+        for problem in some[:5]:
+            print(problem)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))

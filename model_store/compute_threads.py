@@ -32,7 +32,7 @@ def use_one_compute_thread() -> None:
     """Let this thread compute by itself, while all others stay as they are.
 
     Two threads that each start as many compute threads as there are cores wait for one another at the end of
-    every small product: on a busy machine a registration then takes ten times as long.
+    every small product, and on a busy machine they wait long (docs/experiments.md, section 12).
     """
     with _setting:
         default = torch.get_num_threads()

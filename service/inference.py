@@ -72,8 +72,8 @@ class InferenceThread:
         self._drain_s = drain_s
         self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._num_compute_threads = 1  # what the starting thread has, once it starts
         self._readers = ThreadPoolExecutor(_NUM_READERS, "module-reader", use_one_compute_thread)
-        self._num_compute_threads = torch.get_num_threads()
         self._busy_since: float | None = None
         self.has_died = False
 
