@@ -3,6 +3,8 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,12 +96,23 @@ def build_model(architecture: str, image_size: tuple[int, int] | None = None, **
 
 
 class Backbone:
-    """A backbone held on one device by one runtime. `embed` is safe on one thread."""
+    """A backbone held on one device by one runtime.
+
+    `embed` uses the whole device, from one thread at a time. Where `num_streams` is more than one, passes of
+    `embed_on` may run side by side instead, one a stream, each on its share of the processor's threads. A
+    picture's vector is the same in all of them.
+    """
 
     def __init__(
-        self, manifest: BackboneManifest, runtime: Runtime, name: str, export_sha256: str = ""
+        self,
+        manifest: BackboneManifest,
+        runtime: Runtime,
+        name: str,
+        export_sha256: str = "",
+        streams: Sequence[Runtime] = (),
     ) -> None:
-        """`name` is the runtime's; `export_sha256` that of the exported form it runs, if it runs one."""
+        """`name` is the runtime's; `export_sha256` that of the exported form it runs, if it runs one;
+        `streams` are runtimes of the same kind that may run side by side."""
         self.manifest = manifest
         self.fingerprint = manifest.fingerprint
         self.runtime_name = name
@@ -107,7 +120,10 @@ class Backbone:
         self.variant = f"{name}-{export_sha256[:12]}" if export_sha256 else name
         self.device = runtime.device
         self.batch_buckets = runtime.batch_buckets
+        self.num_streams = len(streams) or 1
         self._runtime = runtime
+        self._streams = streams or (runtime,)
+        self._beside = ThreadPoolExecutor(len(streams), "stream") if streams else None
 
     @classmethod
     def load(
@@ -118,12 +134,14 @@ class Backbone:
         *,
         export: bytes | None = None,
         num_threads: int = 0,
+        num_streams: int = 1,
     ) -> "Backbone":
         """Verify the artefact and put it on `device` ("auto": CUDA when there, else CPU).
 
         `runtime` "auto" is torch in bfloat16 on CUDA and in float32 on the CPU; `backbone_loading` knows
         what was measured to be faster. A runtime of an engine other than torch needs its `export`.
-        `num_threads` (0: as many as torch has) counts for these engines; torch's own are global.
+        `num_threads` (0: as many as torch has) and `num_streams`, which share them, count for these engines;
+        torch's own threads are global, and its passes run one after another.
 
         Raises CorruptStore and InvalidBackbone.
         """
@@ -138,8 +156,11 @@ class Backbone:
             return cls(artefact.manifest, loaded, kind.name)
         if export is None:
             raise InvalidBackbone(f"runtime {kind.name} needs an exported form: run `tosca backbone tune`")
-        loaded = load_export(kind, export, num_threads or torch.get_num_threads())
-        return cls(artefact.manifest, loaded, kind.name, hashlib.sha256(export).hexdigest())
+        num_threads = num_threads or torch.get_num_threads()
+        (whole,) = load_export(kind, export, num_threads)
+        streams = load_export(kind, export, num_threads, num_streams) if num_streams > 1 else ()
+        sha256 = hashlib.sha256(export).hexdigest()
+        return cls(artefact.manifest, whole, kind.name, sha256, streams)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -156,7 +177,14 @@ class Backbone:
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, D] float32 CLS vectors, after the final norm, of [B, 3, H, W] uint8 pixels."""
-        return self._runtime.embed(pixels_BCHW)
+        if self._beside is None or len(pixels_BCHW) == 1:
+            return self._runtime.embed(pixels_BCHW)
+        parts = pixels_BCHW.tensor_split(min(self.num_streams, len(pixels_BCHW)))
+        return torch.cat(list(self._beside.map(self.embed_on, range(len(parts)), parts)))
+
+    def embed_on(self, stream: int, pixels_BCHW: Tensor) -> Tensor:
+        """The same on one stream, beside whatever the others do; from one thread at a time."""
+        return self._streams[stream].embed(pixels_BCHW)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -20,11 +20,13 @@ def load_backbone(
     device: str = "auto",
     runtime: str = "auto",
     num_threads: int = 0,
+    num_streams: int = 0,
 ) -> Backbone:
     """The backbone of `store` (the one in use unless named) on a device.
 
     `runtime` "auto" is what `tosca backbone tune` chose on this kind of hardware, and torch where it never
-    ran. A runtime asked for by name must not have failed the gate there. Raises InvalidBackbone.
+    ran. A runtime asked for by name must not have failed the gate there. `num_streams` 0 are as many as were
+    measured to be best there, in proportion to the threads. Raises InvalidBackbone.
     """
     fingerprint = fingerprint or store.require_head().backbone_fingerprint
     chosen = resolve_device(device)
@@ -42,7 +44,17 @@ def load_backbone(
                 f"`tosca backbone tune --runtime {name}`"
             )
         export = store.export(fingerprint, measured.export_sha256)
-    return Backbone.load(store.backbone(fingerprint), device, name, export=export, num_threads=num_threads)
+    num_threads = num_threads or torch.get_num_threads()
+    if num_streams == 0 and tuning is not None and tuning.chosen == name:
+        num_streams = tuning.streams_on(num_threads)
+    return Backbone.load(
+        store.backbone(fingerprint),
+        device,
+        name,
+        export=export,
+        num_threads=num_threads,
+        num_streams=max(1, min(num_streams, num_threads)),
+    )
 
 
 def _choose(tuning: Tuning | None, device: torch.device) -> str:

@@ -1,4 +1,5 @@
-"""`tosca backbone tune`: export, measure speed and parity of every runtime, choose the fastest that passes.
+"""`tosca backbone tune`: export, measure speed and parity of every runtime, choose the fastest that passes
+and how its passes share the processor.
 
 Passes of a runtime alternate with passes of the reference, and speed-ups are medians of the paired ratios,
 so that whatever else the machine does meanwhile strikes both.
@@ -10,6 +11,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,12 +24,20 @@ from model_store.bank import ModuleBank
 from model_store.errors import InvalidBackbone
 from model_store.parity import Answering, LabelledPixels, bank_answers, class_mean_answers, compare
 from model_store.runtimes.loading import make_export
-from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
+from model_store.runtimes.runtime import (
+    REFERENCE,
+    RUNTIMES,
+    ExportForm,
+    RuntimeKind,
+    runtime_kind,
+)
 from model_store.runtimes.torch_runtime import Embedding
-from model_store.tuning import Gate, Measurement, Tuning, fastest, hardware_name
+from model_store.tuning import Gate, Measurement, StreamsMeasurement, Tuning, fastest, hardware_name
 
 NUM_CALIBRATION = 32
 _PARITY_BATCH = 16
+_STREAM_BATCH_SIZES = (1, 4)
+_PASSES_SIDE_BY_SIDE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,7 @@ def tune(
     if chosen is None:
         faults = "; ".join(f"{one.runtime}: {one.refused}" for one in table)
         raise InvalidBackbone(f"no runtime passes: {faults}")
+    export = exports.get(runtime_kind(chosen.runtime).export)
     tuning = Tuning(
         backbone_fingerprint=artefact.manifest.fingerprint,
         hardware=hardware_name(device),
@@ -94,10 +105,11 @@ def tune(
         gate=plan.gate,
         chosen=chosen.runtime,
         table=tuple(table),
+        streams=_measure_streams(artefact, chosen.runtime, export, pictures, plan, num_threads),
         versions=_versions(),
         created_at=datetime.now(UTC),
     )
-    return Tuned(tuning, exports.get(runtime_kind(chosen.runtime).export))
+    return Tuned(tuning, export)
 
 
 def embed_all(backbone: Backbone, pixels_NCHW: Tensor) -> Tensor:
@@ -142,6 +154,40 @@ class _Exports:
             embedding = Embedding(self._artefact.model(), preprocessing)
             self._made["float"] = export_float(embedding, (preprocessing.height, preprocessing.width))
         return self._made["float"]
+
+
+def _measure_streams(
+    artefact: BackboneArtefact,
+    runtime: str,
+    export: bytes | None,
+    pictures: LabelledPixels,
+    plan: Plan,
+    num_threads: int,
+) -> tuple[StreamsMeasurement, ...]:
+    """A runtime with one pass at a time on all threads, two side by side on half of them each, and so on;
+    nothing for torch, whose passes run one after another."""
+    if export is None:
+        return ()
+    measured = []
+    for num_streams in (2**i for i in range(num_threads.bit_length())):
+        backbone = Backbone.load(
+            artefact, plan.device, runtime, export=export, num_threads=num_threads, num_streams=num_streams
+        )
+        latency_s = {}
+        for batch_size in _STREAM_BATCH_SIZES:
+            pixels_BCHW = _repeat(pictures.pixels_NCHW, batch_size)
+            time_side_by_side(backbone, pixels_BCHW)  # kernels are chosen and memory is taken
+            latency_s[batch_size] = statistics.median(
+                time_side_by_side(backbone, pixels_BCHW) for _ in range(plan.num_rounds)
+            )
+        measured.append(
+            StreamsMeasurement(
+                num_streams=num_streams,
+                images_per_s={size: num_streams * size / seconds for size, seconds in latency_s.items()},
+                latency_ms={size: 1e3 * seconds for size, seconds in latency_s.items()},
+            )
+        )
+    return tuple(measured)
 
 
 def _measure(
@@ -189,6 +235,19 @@ def time_pass(backbone: Backbone, pixels_BCHW: Tensor) -> float:
     started = time.perf_counter()
     backbone.embed(pixels_BCHW).cpu()
     return time.perf_counter() - started
+
+
+def time_side_by_side(backbone: Backbone, pixels_BCHW: Tensor) -> float:
+    """Seconds of a pass while every stream has one, over a few in a row."""
+
+    def run(stream: int) -> None:
+        for _ in range(_PASSES_SIDE_BY_SIDE):
+            backbone.embed_on(stream, pixels_BCHW)
+
+    with ThreadPoolExecutor(backbone.num_streams) as pool:
+        started = time.perf_counter()
+        list(pool.map(run, range(backbone.num_streams)))
+        return (time.perf_counter() - started) / _PASSES_SIDE_BY_SIDE
 
 
 def _repeat(pixels_NCHW: Tensor, num: int) -> Tensor:

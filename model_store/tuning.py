@@ -1,7 +1,7 @@
 """What was measured of a backbone's runtimes on one kind of hardware, and what was chosen by it."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from model_store.manifest import Sha256
+
+SPEED_TOLERANCE = 0.03  # what shorter passes may cost
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -72,27 +74,55 @@ class Measurement(_Record):
         return self.speedup[max(self.speedup)] if self.speedup else 0.0
 
 
-class Tuning(_Record):
-    """The table of all runtimes on one kind of hardware, and the fastest that passed the gate."""
+class StreamsMeasurement(_Record):
+    """The chosen runtime with so many passes side by side, each of them on its share of the threads."""
 
-    format_version: Literal[1] = 1
+    num_streams: int
+    images_per_s: Mapping[int, float]  # of all streams together, by batch size, medians
+    latency_ms: Mapping[int, float]  # of a pass while every stream has one, by batch size, medians
+
+    @property
+    def best_images_per_s(self) -> float:
+        return max(self.images_per_s.values())
+
+
+class Tuning(_Record):
+    """The table of all runtimes on one kind of hardware, and the fastest that passed the gate.
+
+    Records of format 1 tell of no streams: one pass at a time.
+    """
+
+    format_version: Literal[1, 2] = 2
     backbone_fingerprint: Sha256
     hardware: str  # see `hardware_name`
     num_threads: int
     gate: Gate
     chosen: str
     table: tuple[Measurement, ...]
+    streams: tuple[StreamsMeasurement, ...] = ()
     versions: Mapping[str, str]
     created_at: datetime
 
     def measurement(self, runtime: str) -> Measurement | None:
         return next((one for one in self.table if one.runtime == runtime), None)
 
+    def streams_on(self, num_threads: int) -> int:
+        """Into how many streams the chosen runtime divides so many threads: each as many as it had here."""
+        if not self.streams:
+            return 1
+        return max(1, best_streams(self.streams) * num_threads // self.num_threads)
+
 
 def fastest(table: tuple[Measurement, ...]) -> Measurement | None:
     """The measurement with the greatest speed at its largest batch among those not refused."""
     passed = [one for one in table if one.refused is None]
     return max(passed, key=lambda one: one.best_speedup, default=None)
+
+
+def best_streams(measured: Sequence[StreamsMeasurement]) -> int:
+    """The fewest streams, whose passes are the shortest, of those that have nearly the greatest speed."""
+    fast_enough = (1.0 - SPEED_TOLERANCE) * max(one.best_images_per_s for one in measured)
+    return min(one.num_streams for one in measured if one.best_images_per_s >= fast_enough)
 
 
 def hardware_name(device: torch.device) -> str:

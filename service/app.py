@@ -208,6 +208,7 @@ def _load(
             device=settings.device,
             runtime=settings.runtime,
             num_threads=settings.torch_threads,
+            num_streams=settings.streams,
         )
     trust = Trust.nobody()
     if settings.trusted_signers is not None:

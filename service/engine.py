@@ -1,6 +1,6 @@
-"""From pictures to answers: decode in a bounded pool, then one thread that owns the device.
+"""From pictures to answers: decode in a bounded pool, then the threads that own the device.
 
-    admission → decode + preprocess (pool) → queue → inference thread: backbone once, bank answers
+    admission → decode + preprocess (pool) → queue → inference threads: backbone once, bank answers
                 └── CLS vector known: bank answers, on the pool
 
 Every picture gets an answer or an exception; one whose client left is dropped before it costs a pass.
@@ -10,28 +10,24 @@ Every picture gets an answer or an exception; one whose client left is dropped b
 import asyncio
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
-from model_store.compute_threads import use_one_compute_thread
-from model_store.errors import ToscaError
-from model_store.preprocess import open_picture
 from model_store.runtimes.runtime import runtime_kind
 from service.admission import DrainRate
 from service.cls_cache import ClsCache
+from service.decode_pool import DecodePool
 from service.errors import DeadlineExceeded, EngineStopped, InvalidSettings, Overloaded, ShuttingDown
 from service.feedback import RecentAnswers
-from service.inference import InferenceThread, Waiting
+from service.inference import Inference
 from service.pixel_budget import PixelBudget
-from service.questions import Question, TimedAnswer, check_finite
+from service.questions import Question, TimedAnswer
 from service.request_context import current_request
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.timings import Interval, Timings
 from service.traffic import Traffic
 
 
@@ -47,16 +43,23 @@ class Engine:
         self.cache = ClsCache(settings.cls_cache_bytes, backbone.fingerprint, backbone.variant)
         self.traffic = Traffic(settings.max_tracked_tasks, settings.drift_window, settings.drift_alarm_rate)
         self.recent = RecentAnswers(settings.max_recent_answers)
-        self.pixel_budget = self._budget_beside_queue()
-        self._decoders = ThreadPoolExecutor(settings.num_decode_threads, "decode", use_one_compute_thread)
         self._drain = DrainRate()
-        self._inference = InferenceThread(
+        self._inference = Inference(
             backbone,
             self.cache,
             self.telemetry.metrics,
             max_batch_size=self.max_batch_size,
             max_wait_s=settings.max_wait_s,
             drain_s=lambda: self.drain_s,
+        )
+        self._decoders = DecodePool(
+            settings.num_decode_threads,
+            backbone.preprocessing,
+            settings.image_limits,
+            self._budget_beside_queue(),
+            self.cache,
+            self.telemetry.metrics,
+            self._inference.submit,
         )
         self._stopping = False
 
@@ -73,18 +76,23 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self._stopping = True
+        self._decoders.stop()
         self._inference.stop()
-        self._decoders.shutdown()
 
     @property
     def is_alive(self) -> bool:
-        """False when the inference thread has died or one pass has taken longer than `stall_after_s`."""
+        """False when an inference thread has died or one pass has taken longer than `stall_after_s`."""
         return self._inference.is_alive(self._settings.stall_after_s)
 
     @property
     def num_admitted(self) -> int:
         """Pictures admitted and not yet answered."""
         return self._drain.num_inside
+
+    @property
+    def pixel_budget(self) -> PixelBudget:
+        """What decoding takes of memory."""
+        return self._decoders.budget
 
     @property
     def num_queued(self) -> int:
@@ -101,7 +109,7 @@ class Engine:
         if self._stopping:
             raise ShuttingDown("the service is shutting down")
         if self._inference.has_died:
-            raise EngineStopped("the inference thread has died; the process must be started again")
+            raise EngineStopped("an inference thread has died; the process must be started again")
         limit = self._settings.max_queued_images
         if self.num_admitted + num_pictures > limit:
             raise Overloaded(
@@ -142,30 +150,14 @@ class Engine:
     async def _answer_admitted(
         self, pictures: Sequence[bytes] | Tensor, question: Question, timeout_s: float
     ) -> list[TimedAnswer]:
-        deadline = time.monotonic() + timeout_s
-        loop = asyncio.get_running_loop()
         if isinstance(pictures, Tensor) and pictures.dim() == 2:
-            return await loop.run_in_executor(self._decoders, self._answer_known, pictures, question)
-        prepared = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._decoders, self._prepare, one, question, deadline)
-                for one in pictures
-            ),
-            return_exceptions=True,
-        )
-        for i, one in enumerate(prepared):
-            if isinstance(one, BaseException):
-                if isinstance(one, ToscaError) and len(pictures) > 1:
-                    raise type(one)(f"picture {i}: {one}") from one
-                raise one
-        entries = [one for one in prepared if isinstance(one, Waiting)]
-        self._inference.submit(entries)
+            return await asyncio.wrap_future(self._decoders.send_vectors(pictures, question))
+        entries = self._decoders.send(pictures, question, time.monotonic() + timeout_s)
         try:
-            computed = iter(await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries)))
+            return await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries))
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
                 entry.drop()
-        return [one if isinstance(one, TimedAnswer) else next(computed) for one in prepared]
 
     def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
         context = current_request.get()
@@ -188,37 +180,3 @@ class Engine:
                 f"device take {held_bytes} alone"
             )
         return PixelBudget(max_bytes - held_bytes)
-
-    # -- the decode pool -----------------------------------------------------------------------------
-
-    def _prepare(
-        self, picture: bytes | Tensor, question: Question, deadline: float
-    ) -> "Waiting | TimedAnswer":
-        """A picture ready for the device, or its answer where its CLS vector is known."""
-        started = time.monotonic()
-        # No picture file begins like the key of pixels, so neither can stand for the other.
-        data = picture if isinstance(picture, bytes) else b"pixels:" + picture.numpy().tobytes()
-        key = self.cache.key(data)
-        if (cls_D := self.cache.get(key)) is not None:
-            return self._answer_known(cls_D[None], question, started)[0]
-        if isinstance(picture, bytes):
-            opened = open_picture(picture, self.backbone.preprocessing, self._settings.image_limits)
-            with self.pixel_budget.room(opened.peak_bytes, deadline):
-                pixels = opened.load()
-        else:
-            pixels = picture
-        return Waiting(key, pixels, question, Interval(started, time.monotonic()), deadline)
-
-    def _answer_known(
-        self, cls_BD: Tensor, question: Question, began_at: float | None = None
-    ) -> list[TimedAnswer]:
-        """Answers that need no pass. A bank never changes, so it may be asked beside the inference thread."""
-        answering_at = time.monotonic()
-        answers, modules = question.answer(cls_BD)
-        for answer in answers:
-            check_finite(answer)
-        selection = Interval(answering_at, time.monotonic())
-        self.telemetry.metrics.time_answers(selection, modules)
-        decode = Interval(answering_at if began_at is None else began_at, answering_at)
-        timings = Timings(decode, None, None, selection, modules, batch_size=0)
-        return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]

@@ -1,18 +1,15 @@
-"""The one thread that owns the device: batches of what is waiting, a pass of the backbone, the answers.
+"""The threads that own the device, one a stream: batches of what waits, passes of the backbone, answers.
 
-Batching is work-conserving: whenever the device is idle it takes what is waiting, up to the batch size. Every
-waiter gets an answer or an exception; one that was dropped before its pass costs none; one bad picture never
-fails its neighbours.
+Every waiter gets an answer or an exception; one that was dropped before its pass costs none; one bad picture
+never fails its neighbours.
 """
 # B batch
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import torch
@@ -22,9 +19,10 @@ from model_store.backbone import Backbone
 from model_store.compute_threads import use_one_compute_thread
 from model_store.deferred import NotInMemory, from_memory_alone
 from service.cls_cache import ClsCache
+from service.device_queue import Batch, DeviceQueue, Waiting
 from service.errors import DeadlineExceeded, DeviceOutOfMemory, EngineStopped, NotFinite
 from service.metrics import Metrics
-from service.questions import Question, TimedAnswer, check_finite
+from service.questions import TimedAnswer, check_finite
 from service.timings import Interval, Timings
 
 log = logging.getLogger("tosca.engine")
@@ -32,25 +30,8 @@ log = logging.getLogger("tosca.engine")
 _NUM_READERS = 4
 
 
-@dataclass(slots=True)
-class Waiting:
-    """One picture waiting for the device."""
-
-    key: bytes  # in the CLS cache
-    pixels: Tensor
-    question: Question
-    decode: Interval
-    deadline: float
-    future: "Future[TimedAnswer]" = field(default_factory=Future)
-
-    def drop(self) -> None:
-        """Nobody waits for it: unless its pass has begun, its memory is free at once."""
-        if self.future.cancel():
-            self.pixels = torch.empty(0)
-
-
-class InferenceThread:
-    """Answers decoded pictures in the order in which they come. Start it, submit to it, stop it."""
+class Inference:
+    """Answers decoded pictures, begun in the order in which they come. Start it, submit to it, stop it."""
 
     def __init__(
         self,
@@ -68,50 +49,56 @@ class InferenceThread:
         self._cache = cache
         self._metrics = metrics
         self._max_batch_size = max_batch_size
-        self._max_wait_s = max_wait_s
         self._drain_s = drain_s
-        self._queue: queue.SimpleQueue[Waiting | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
+        self._queue = DeviceQueue(backbone.num_streams, max_batch_size, max_wait_s)
+        self._threads = [
+            threading.Thread(target=self._run, args=(stream,), name=f"inference-{stream}", daemon=True)
+            for stream in range(backbone.num_streams)
+        ]
         self._num_compute_threads = 1  # what the starting thread has, once it starts
         self._readers = ThreadPoolExecutor(_NUM_READERS, "module-reader", use_one_compute_thread)
-        self._busy_since: float | None = None
         self.has_died = False
 
     def start(self) -> None:
         self._num_compute_threads = torch.get_num_threads()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """Answer what was submitted, and end."""
-        self._queue.put(None)
-        self._thread.join()
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
         self._readers.shutdown()
 
     def submit(self, entries: Sequence[Waiting]) -> None:
-        for entry in entries:
-            self._queue.put(entry)
+        self._queue.put(entries)
         if self.has_died:
             self._fail_waiting()  # it may have died before these were queued
 
     @property
     def num_queued(self) -> int:
         """Pictures waiting for the device, about."""
-        return self._queue.qsize()
+        return len(self._queue)
 
     def is_alive(self, stall_after_s: float) -> bool:
-        """False when the thread has died or one pass has taken longer than `stall_after_s`."""
-        busy_since = self._busy_since
-        stalled = busy_since is not None and time.monotonic() - busy_since > stall_after_s
-        return self._thread.is_alive() and not self.has_died and not stalled
+        """False when a thread has died or one pass has taken longer than `stall_after_s`."""
+        stalled = self._queue.longest_running_s > stall_after_s
+        return all(one.is_alive() for one in self._threads) and not self.has_died and not stalled
 
     def warm_up(self) -> float:
         """Passes of every batch size whose first would be slow; seconds a picture of the largest."""
         each_s = 0.0
+        num_streams = self._backbone.num_streams
+        streams = range(num_streams) if num_streams > 1 else (None,)
         size = (3, self._backbone.preprocessing.height, self._backbone.preprocessing.width)
+        if num_streams > 1:
+            self._backbone.embed(torch.zeros((1, *size), dtype=torch.uint8))  # of the whole device
         for batch_size in self._warm_sizes():
             started = time.monotonic()
-            self._backbone.embed(torch.zeros((batch_size, *size), dtype=torch.uint8)).cpu()
-            each_s = (time.monotonic() - started) / batch_size
+            for stream in streams:
+                self._embed_pixels(torch.zeros((batch_size, *size), dtype=torch.uint8), stream)
+            each_s = (time.monotonic() - started) / batch_size / num_streams
         return each_s
 
     def _warm_sizes(self) -> list[int]:
@@ -120,47 +107,27 @@ class InferenceThread:
         buckets = self._backbone.batch_buckets or tuple(2**i for i in range(largest.bit_length()))
         return sorted({size for size in buckets if size < largest} | {largest})
 
-    def _run(self) -> None:
-        batch: list[Waiting] | None = []
+    def _run(self, stream: int) -> None:
+        batch: Batch | None = None
         try:
             torch.set_num_threads(self._num_compute_threads)  # whatever other threads have set for themselves
-            while (batch := self._collect()) is not None:
-                self._busy_since = time.monotonic()
-                self._execute(batch)
-                self._busy_since = None
+            while (batch := self._queue.take()) is not None:
+                try:
+                    self._execute(batch.entries, None if batch.is_whole else stream)
+                finally:
+                    self._queue.finish(batch)
         except BaseException:  # nobody is left to see it: delivered to the waiters, and to is_alive
-            log.critical("the inference thread has died", exc_info=True)
+            log.critical("an inference thread has died", exc_info=True)
             self.has_died = True
-            self._fail_waiting(batch or [])
+            self._queue.close()
+            self._fail_waiting(batch.entries if batch else [])
 
     def _fail_waiting(self, batch: Sequence[Waiting] = ()) -> None:
-        waiting = list(batch)
-        while not self._queue.empty():
-            if (entry := self._queue.get()) is not None:
-                waiting.append(entry)
-        for entry in waiting:
+        for entry in (*batch, *self._queue.clear()):
             if not entry.future.done():
-                entry.future.set_exception(EngineStopped("the inference thread has died"))
+                entry.future.set_exception(EngineStopped("an inference thread has died"))
 
-    def _collect(self) -> list[Waiting] | None:
-        """What is waiting, at least one entry; None when stopped and everything is answered."""
-        first = self._queue.get()
-        if first is None:
-            return None
-        batch = [first]
-        closes_at = time.monotonic() + self._max_wait_s
-        while len(batch) < self._max_batch_size:
-            try:
-                entry = self._queue.get(timeout=max(0.0, closes_at - time.monotonic()))
-            except queue.Empty:
-                break
-            if entry is None:
-                self._queue.put(None)  # answer this batch first
-                break
-            batch.append(entry)
-        return batch
-
-    def _execute(self, batch: list[Waiting]) -> None:
+    def _execute(self, batch: list[Waiting], stream: int | None) -> None:
         started = time.monotonic()
         live = []
         for entry in batch:
@@ -171,14 +138,14 @@ class InferenceThread:
                 continue
             live.append(entry)
         if live:
-            self._pass(live)
+            self._pass(live, stream)
 
-    def _pass(self, live: list[Waiting]) -> None:
+    def _pass(self, live: list[Waiting], stream: int | None) -> None:
         """One pass of the backbone, and the answers. A pass that fails is taken again in parts: in halves
         when the device is out of memory, else one by one, so that only the guilty picture fails."""
         started = time.monotonic()
         try:
-            cls_BD = self._embed(live)
+            cls_BD = self._embed(live, stream)
         except torch.OutOfMemoryError as error:
             size = -(-len(live) // 2)
             fault: Exception = DeviceOutOfMemory(f"the device is out of memory: {error}", self._drain_s())
@@ -192,7 +159,7 @@ class InferenceThread:
             return
         # Outside the handlers, whose tracebacks hold the tensors of the failed pass.
         for start in range(0, len(live), size):
-            self._pass(live[start : start + size])
+            self._pass(live[start : start + size], stream)
 
     def _answer_pass(self, live: list[Waiting], cls_BD: Tensor, started: float) -> None:
         backbone = Interval(started, time.monotonic())
@@ -219,17 +186,23 @@ class InferenceThread:
                     entry.future.set_exception(error)
             raise
 
-    def _embed(self, live: list[Waiting]) -> Tensor:
+    def _embed(self, live: list[Waiting], stream: int | None) -> Tensor:
         """[B, D] CLS vectors on the CPU. The same picture twice is computed once, and so is one that
         another batch computed while this one was waiting."""
         known = {entry.key: self._cache.peek(entry.key) for entry in live}
         missing = {entry.key: entry.pixels for entry in live if known[entry.key] is None}
         if missing:
-            fresh_BD = self._backbone.embed(torch.stack(list(missing.values()))).cpu()
+            fresh_BD = self._embed_pixels(torch.stack(list(missing.values())), stream)
             for key, cls_D in zip(missing, fresh_BD, strict=True):
                 known[key] = cls_D
                 self._cache.put(key, cls_D)
         return torch.stack([cls_D for entry in live if (cls_D := known[entry.key]) is not None])
+
+    def _embed_pixels(self, pixels_BCHW: Tensor, stream: int | None) -> Tensor:
+        """[B, D] CLS vectors on the CPU, by a stream of the device or the whole of it."""
+        if stream is None:
+            return self._backbone.embed(pixels_BCHW).cpu()
+        return self._backbone.embed_on(stream, pixels_BCHW).cpu()
 
     def _answer_group(
         self, entries: list[Waiting], cls_ND: Tensor, backbone: Interval, batch_size: int

@@ -104,7 +104,10 @@ class Settings(BaseSettings):
     max_batch_size: int = Field(0, ge=0, description="Pictures a backbone pass; 0: 8 on CPU, 64 on CUDA.")
     max_wait_s: Seconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
     decode_threads: int = Field(0, ge=0, description="Threads decoding pictures; 0: one per core, at most 8.")
-    torch_threads: int = Field(0, ge=0, description="Threads of one backbone pass on CPU; 0: all cores.")
+    torch_threads: int = Field(0, ge=0, description="Threads of the backbone's passes on CPU; 0: all cores.")
+    streams: int = Field(
+        0, ge=0, description="Passes side by side on CPU, which share these threads; 0: as tuned, else 1."
+    )
 
     module_memory_bytes: Bytes = Field(
         DEFAULT_MAX_BYTES,

@@ -16,7 +16,7 @@ from model_store.bank import ModuleBank
 from model_store.errors import InvalidImage, UnknownTask
 from model_store.module_file import read_module
 from service.engine import Engine
-from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
+from service.errors import DeadlineExceeded, EngineStopped, Overloaded, ShuttingDown
 from service.questions import Question
 from service.settings import Settings
 
@@ -195,10 +195,10 @@ async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
         gone.cancel()
         with pytest.raises(asyncio.CancelledError):
             await gone
-        waiting = engine._inference._queue.get()
+        (waiting,) = engine._inference._queue.clear()
         backbone.gate.set()
         await first
-        assert waiting is not None and waiting.pixels.numel() == 0
+        assert waiting.pixels.numel() == 0
 
 
 async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:
@@ -263,6 +263,88 @@ def test_a_pass_that_hangs_fails_the_liveness_check(backbone: GatedBackbone, ban
         backbone.gate.clear()
         asyncio.run(ask(engine))
         torch.manual_seed(0)
+
+
+# -- streams -----------------------------------------------------------------------------------------
+
+
+class StreamedBackbone(GatedBackbone):
+    """Three streams; notes on which of them each pass runs, None for the whole device."""
+
+    num_streams = 3
+
+    def __init__(self, inner: Backbone) -> None:
+        super().__init__(inner)
+        self.streams: list[int | None] = []
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        self.streams.append(None)
+        return super().embed(pixels_BCHW)
+
+    def embed_on(self, stream: int, pixels_BCHW: Tensor) -> Tensor:
+        self.streams.append(stream)
+        return super().embed(pixels_BCHW)
+
+
+@pytest.fixture
+def streamed(tiny_backbone: Backbone) -> Iterator[StreamedBackbone]:
+    backbone = StreamedBackbone(tiny_backbone)
+    yield backbone
+    backbone.gate.set()
+
+
+async def test_passes_run_side_by_side_on_all_streams(streamed: StreamedBackbone, bank: ModuleBank) -> None:
+    pictures = [picture(20 * i) for i in range(3)]
+    with Engine(streamed, settings(cls_cache_bytes=0)) as engine:
+        start(engine)
+        streamed.streams.clear()
+        streamed.gate.clear()
+        together = asyncio.create_task(engine.answer(pictures, Question(bank)))
+        for _ in range(3):
+            await entered(streamed)
+        assert set(streamed.streams) == {0, 1, 2}
+        streamed.gate.set()
+        answers = await together
+        alone = [(await engine.answer([one], Question(bank)))[0] for one in pictures]
+    for one, other in zip(answers, alone, strict=True):
+        assert one.answer.label == other.answer.label
+        torch.testing.assert_close(one.cls_D, other.cls_D, rtol=0, atol=1e-4)
+
+
+async def test_a_picture_that_comes_alone_has_the_whole_device(
+    streamed: StreamedBackbone, bank: ModuleBank
+) -> None:
+    with Engine(streamed, settings()) as engine:
+        streamed.streams.clear()
+        await engine.answer([picture(1)], Question(bank))
+    assert streamed.streams == [None]
+
+
+async def test_every_stream_is_warm_before_the_first_picture(streamed: StreamedBackbone) -> None:
+    with Engine(streamed, settings()):
+        pass
+    assert streamed.streams == [None, *[0, 1, 2] * 3]
+    assert streamed.batch_sizes == [1, 1, 1, 1, 2, 2, 2, 4, 4, 4]
+
+
+async def test_one_dead_stream_ends_all(
+    streamed: StreamedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ThreadDeath(BaseException):
+        pass
+
+    def die(*_: object) -> Tensor:
+        raise ThreadDeath
+
+    with Engine(streamed, settings(cls_cache_bytes=0)) as engine:
+        start(engine)
+        monkeypatch.setattr(streamed, "embed_on", die)
+        results = await asyncio.gather(
+            *(engine.answer([picture(i)] * 2, Question(bank)) for i in range(9)), return_exceptions=True
+        )
+        assert {type(one) for one in results} == {EngineStopped}
+        assert not engine.is_alive
+        assert engine.num_admitted == 0
 
 
 # -- the CLS cache -----------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def engine(tiny_backbone: Backbone) -> Iterator[Engine]:
     """Four decoding threads, and room for one of PICTURES at a time."""
     settings = Settings(max_batch_size=4, decode_threads=4, cls_cache_bytes=0)
     with Engine(tiny_backbone, settings) as engine:
-        engine.pixel_budget = WatchedBudget(peak_bytes(tiny_backbone, PICTURES[0]))
+        engine._decoders.budget = WatchedBudget(peak_bytes(tiny_backbone, PICTURES[0]))
         yield engine
 
 

@@ -1,6 +1,7 @@
 """Every runtime gives the CLS vectors of torch in float32, as near as its number format allows."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import onnx
 import pytest
@@ -86,6 +87,29 @@ def test_a_later_pass_leaves_earlier_vectors_alone(
     kept_BD = first_BD.clone()
     backbone.embed(pixels(2, seed=9))
     assert torch.equal(first_BD, kept_BD)
+
+
+@pytest.mark.parametrize("kind", [one for one in HERE if one.export], ids=lambda kind: kind.name)
+def test_streams_give_the_vectors_of_the_whole_device_bit_for_bit(
+    kind: RuntimeKind, tiny_artefact: BackboneArtefact, export_of: MakeExport
+) -> None:
+    pixels_BCHW = pixels(7)
+    export = export_of(kind)
+    one = Backbone.load(tiny_artefact, "cpu", kind.name, export=export, num_threads=2)
+    two = Backbone.load(tiny_artefact, "cpu", kind.name, export=export, num_threads=2, num_streams=2)
+    assert (one.num_streams, two.num_streams) == (1, 2)
+    whole_BD = one.embed(pixels_BCHW)
+    assert torch.equal(two.embed(pixels_BCHW), whole_BD)
+    with ThreadPoolExecutor(2) as pool:
+        halves = list(pool.map(two.embed_on, (0, 1), (pixels_BCHW[:4], pixels_BCHW[4:])))
+    assert torch.equal(torch.cat(halves), whole_BD)
+    assert one.variant == two.variant
+
+
+def test_torch_runs_its_passes_one_after_another(tiny_artefact: BackboneArtefact) -> None:
+    backbone = Backbone.load(tiny_artefact, "cpu", REFERENCE, num_streams=2)
+    assert backbone.num_streams == 1
+    assert torch.equal(backbone.embed_on(0, pixels(2)), backbone.embed(pixels(2)))
 
 
 def test_the_reference_is_the_first_and_runs_everywhere() -> None:

@@ -17,7 +17,16 @@ from model_store.module_file import read_module
 from model_store.parity import LabelledPixels, bank_answers, class_mean_answers, compare, read_labelled
 from model_store.runtimes.runtime import REFERENCE
 from model_store.store import ModelStore
-from model_store.tuning import Gate, Measurement, Parity, Tuning, fastest, hardware_name
+from model_store.tuning import (
+    Gate,
+    Measurement,
+    Parity,
+    StreamsMeasurement,
+    Tuning,
+    best_streams,
+    fastest,
+    hardware_name,
+)
 
 CPU = torch.device("cpu")
 ONNX = "onnxruntime-float32"
@@ -72,6 +81,58 @@ def test_the_fastest_at_the_largest_batch_is_chosen_among_those_that_passed() ->
     chosen = fastest(table)
     assert chosen is not None and chosen.runtime == "c"
     assert fastest((measurement("b", 5.0, refused="too rough"),)) is None
+
+
+# -- streams -----------------------------------------------------------------------------------------
+
+
+def streams(num_streams: int, *images_per_s: float) -> StreamsMeasurement:
+    return StreamsMeasurement(
+        num_streams=num_streams,
+        images_per_s=dict(zip((1, 4), images_per_s, strict=True)),
+        latency_ms={1: 1.0, 4: 4.0},
+    )
+
+
+@pytest.mark.parametrize(
+    ("measured", "best"),
+    [
+        ([streams(1, 20.0, 28.0), streams(2, 32.0, 31.0)], 2),
+        ([streams(1, 20.0, 31.5), streams(2, 32.0, 31.0)], 1),
+        ([streams(1, 20.0, 30.0), streams(2, 39.0, 35.0), streams(4, 38.0, 40.0)], 2),
+    ],
+)
+def test_the_fewest_streams_of_nearly_the_greatest_speed_are_best(
+    measured: list[StreamsMeasurement], best: int
+) -> None:
+    assert best_streams(measured) == best
+
+
+def test_streams_are_measured_up_to_one_a_thread(
+    tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels
+) -> None:
+    plan = Plan((ONNX,), "cpu", (1,), num_rounds=1, num_threads=4)
+    found = tune(tiny_artefact, labelled_pixels, plan).tuning
+    assert [one.num_streams for one in found.streams] == [1, 2, 4]
+    for one in found.streams:
+        for size, images_per_s in one.images_per_s.items():
+            assert images_per_s == pytest.approx(1e3 * one.num_streams * size / one.latency_ms[size])
+
+
+def test_torch_has_no_streams_to_measure(
+    tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels
+) -> None:
+    found = tune(tiny_artefact, labelled_pixels, quick(REFERENCE)).tuning
+    assert found.streams == () and found.streams_on(8) == 1
+
+
+@pytest.mark.parametrize(("num_threads", "num_streams"), [(1, 1), (2, 1), (4, 2), (8, 4), (9, 4)])
+def test_a_stream_has_as_many_threads_as_where_it_was_measured(
+    num_threads: int, num_streams: int, tiny_tuned: Tuned
+) -> None:
+    measured = (streams(1, 20.0, 28.0), streams(2, 32.0, 31.0))
+    record = tiny_tuned.tuning.model_copy(update={"streams": measured, "num_threads": 4})
+    assert record.streams_on(num_threads) == num_streams
 
 
 # -- parity ------------------------------------------------------------------------------------------
@@ -173,6 +234,22 @@ def test_everybody_uses_the_tuned_runtime(tiny_store: ModelStore, tiny_tuned: Tu
     assert loaded.runtime_name == "onnxruntime-float32"
     assert loaded.fingerprint == tiny_store.require_head().backbone_fingerprint
     assert load_backbone(tiny_store, device="cpu", runtime="torch-bfloat16").precision == "bfloat16"
+
+
+def test_everybody_uses_the_streams_that_were_best(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
+    measured = (streams(1, 20.0, 28.0), streams(2, 32.0, 31.0))
+    record = tiny_tuned.tuning.model_copy(update={"streams": measured, "num_threads": 2})
+    tiny_store.put_tuning(record, tiny_tuned.export)
+    assert load_backbone(tiny_store, device="cpu", num_threads=2).num_streams == 2
+    assert load_backbone(tiny_store, device="cpu", num_threads=1).num_streams == 1
+    assert load_backbone(tiny_store, device="cpu", num_threads=2, num_streams=1).num_streams == 1
+    assert load_backbone(tiny_store, device="cpu", num_threads=2, num_streams=9).num_streams == 2
+    assert load_backbone(tiny_store, device="cpu", runtime=REFERENCE, num_threads=2).num_streams == 1
+
+
+def test_a_record_from_before_streams_means_one_pass_at_a_time(tiny_tuned: Tuned) -> None:
+    old = tiny_tuned.tuning.model_dump(mode="json", exclude={"streams"}) | {"format_version": 1}
+    assert Tuning.model_validate(old).streams_on(8) == 1
 
 
 def test_the_newest_tuning_of_this_hardware_counts(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:

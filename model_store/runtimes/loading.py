@@ -1,5 +1,6 @@
 """Exported forms of a backbone to running sessions; each engine is imported when it is asked for."""
 
+from collections.abc import Sequence
 from typing import assert_never
 
 from torch import Tensor
@@ -8,17 +9,22 @@ from model_store.errors import InvalidBackbone
 from model_store.runtimes.runtime import ExportForm, Runtime, RuntimeKind
 
 
-def load_export(kind: RuntimeKind, export: bytes, num_threads: int) -> Runtime:
-    """An exported form in the engine of `kind`. Raises InvalidBackbone when the engine refuses it."""
+def load_export(
+    kind: RuntimeKind, export: bytes, num_threads: int, num_streams: int = 1
+) -> Sequence[Runtime]:
+    """An exported form in the engine of `kind`, as many runtimes as may run side by side on the threads.
+
+    Raises InvalidBackbone when the engine refuses it.
+    """
     try:
         if kind.engine == "onnxruntime":
-            from model_store.runtimes.onnx_runtime import OnnxRuntime
+            from model_store.runtimes.onnx_runtime import load_onnxruntime
 
-            return OnnxRuntime(export, num_threads)
+            return load_onnxruntime(export, num_threads, num_streams)
         if kind.engine == "openvino":
-            from model_store.runtimes.openvino_runtime import OpenVinoRuntime
+            from model_store.runtimes.openvino_runtime import load_openvino
 
-            return OpenVinoRuntime(export, kind.precision, num_threads)
+            return load_openvino(export, kind.precision, num_threads, num_streams)
     except Exception as error:  # every engine has its own family of errors
         raise InvalidBackbone(f"{kind.engine} cannot load the exported backbone: {error}") from error
     raise AssertionError(f"{kind.name} runs no export")

@@ -11,17 +11,26 @@ onnxruntime.disable_telemetry_events()  # a serving process tells nobody what it
 
 
 class OnnxRuntime:
-    """An exported backbone in an ONNX Runtime session."""
+    """One stream of passes of an exported backbone in an ONNX Runtime session."""
 
     batch_buckets: tuple[int, ...] = ()
 
-    def __init__(self, export: bytes, num_threads: int) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.device = torch.device("cpu")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(export, options, providers=["CPUExecutionProvider"])
+        self._session = session
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
         (cls_BD,) = self._session.run([OUTPUT], {INPUT: pixels_BCHW.numpy()})
         return torch.from_numpy(np.asarray(cls_BD))
+
+
+def load_onnxruntime(export: bytes, num_threads: int, num_streams: int) -> list[OnnxRuntime]:
+    """`num_streams` runtimes that share their weights and, running side by side, `num_threads` threads.
+
+    A session computes on threads of its own and on the thread that calls it, so several may call one.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = max(1, num_threads // num_streams)
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(export, options, providers=["CPUExecutionProvider"])
+    return [OnnxRuntime(session) for _ in range(num_streams)]

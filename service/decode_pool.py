@@ -1,0 +1,142 @@
+"""From pictures to what waits for the device, in a bounded pool of threads.
+
+A thread of the pool hands what is ready to the device itself: by way of the event loop, every picture would
+wait twice for whatever the loop is at.
+"""
+# B batch, H height, W width, D features
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor
+
+from model_store.compute_threads import use_one_compute_thread
+from model_store.decoding import ImageLimits
+from model_store.errors import ToscaError
+from model_store.preprocess import Preprocessing, open_picture
+from service.cls_cache import ClsCache
+from service.device_queue import Waiting
+from service.metrics import Metrics
+from service.pixel_budget import PixelBudget
+from service.questions import Question, TimedAnswer, check_finite
+from service.timings import Interval, Timings
+
+
+class DecodePool:
+    """Decodes pictures beside the device; answers those whose CLS vector is known."""
+
+    def __init__(
+        self,
+        num_threads: int,
+        preprocessing: Preprocessing,
+        limits: ImageLimits,
+        budget: PixelBudget,
+        cache: ClsCache,
+        metrics: Metrics,
+        submit: Callable[[Sequence[Waiting]], None],
+    ) -> None:
+        """`submit` takes pictures to the device; it is called from the pool's threads."""
+        self.budget = budget
+        self._preprocessing = preprocessing
+        self._limits = limits
+        self._cache = cache
+        self._metrics = metrics
+        self._submit = submit
+        self._threads = ThreadPoolExecutor(num_threads, "decode", use_one_compute_thread)
+
+    def stop(self) -> None:
+        """Finish what was begun."""
+        self._threads.shutdown()
+
+    def send(self, pictures: Sequence[bytes] | Tensor, question: Question, deadline: float) -> list[Waiting]:
+        """The places in the house of encoded pictures or [B, 3, H, W] uint8 pixels; each place's future gets
+        the answer.
+
+        The device sees none of them before all are decoded: when one cannot be, all futures get its fault,
+        and no pass is spent on the others.
+        """
+        request = _Request([Waiting(question, deadline) for _ in pictures], self._submit)
+        for place, picture in enumerate(pictures):
+            self._threads.submit(self._prepare, request, place, picture)
+        return request.entries
+
+    def send_vectors(self, cls_BD: Tensor, question: Question) -> "Future[list[TimedAnswer]]":
+        """Answers to [B, D] float32 CLS vectors, which need no device."""
+        return self._threads.submit(self._answer_known, cls_BD, question, time.monotonic())
+
+    def _prepare(self, request: "_Request", place: int, picture: bytes | Tensor) -> None:
+        entry = request.entries[place]
+        fault = None
+        try:
+            if not entry.future.cancelled():
+                self._decode(entry, picture)
+        except Exception as error:  # of whatever kind, it is this picture's
+            fault = error
+        request.tell_ready(place, fault)
+
+    def _decode(self, entry: Waiting, picture: bytes | Tensor) -> None:
+        """Give an entry its pixels, or its answer where the CLS vector of its picture is known."""
+        started = time.monotonic()
+        # No picture file begins like the key of pixels, so neither can stand for the other.
+        data = picture if isinstance(picture, bytes) else b"pixels:" + picture.numpy().tobytes()
+        entry.key = self._cache.key(data)
+        if (cls_D := self._cache.get(entry.key)) is not None:
+            entry.known = self._answer_known(cls_D[None], entry.question, started)[0]
+            return
+        if isinstance(picture, bytes):
+            opened = open_picture(picture, self._preprocessing, self._limits)
+            with self.budget.room(opened.peak_bytes, entry.deadline):
+                entry.pixels = opened.load()
+        else:
+            entry.pixels = picture
+        entry.decode = Interval(started, time.monotonic())
+
+    def _answer_known(self, cls_BD: Tensor, question: Question, began_at: float) -> list[TimedAnswer]:
+        """Answers that need no pass. A bank never changes: it may be asked beside the inference threads."""
+        answering_at = time.monotonic()
+        answers, modules = question.answer(cls_BD)
+        for answer in answers:
+            check_finite(answer)
+        selection = Interval(answering_at, time.monotonic())
+        self._metrics.time_answers(selection, modules)
+        timings = Timings(Interval(began_at, answering_at), None, None, selection, modules, batch_size=0)
+        return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
+
+
+class _Request:
+    """The pictures of one request; the thread that has the last of them ready sends them on together."""
+
+    def __init__(self, entries: list[Waiting], submit: Callable[[Sequence[Waiting]], None]) -> None:
+        self.entries = entries
+        self._submit = submit
+        self._faults: dict[int, Exception] = {}
+        self._num_unready = len(entries)
+        self._lock = threading.Lock()
+
+    def tell_ready(self, place: int, fault: Exception | None) -> None:
+        with self._lock:
+            if fault is not None:
+                self._faults[place] = fault
+            self._num_unready -= 1
+            if self._num_unready:
+                return
+        if self._faults:
+            self._refuse()
+            return
+        for entry in self.entries:
+            if entry.known is not None and entry.future.set_running_or_notify_cancel():
+                entry.future.set_result(entry.known)
+        self._submit([one for one in self.entries if one.known is None and not one.future.cancelled()])
+
+    def _refuse(self) -> None:
+        place = min(self._faults)
+        fault = self._faults[place]
+        if isinstance(fault, ToscaError) and len(self.entries) > 1:
+            named = type(fault)(f"picture {place}: {fault}")
+            named.__cause__ = fault
+            fault = named
+        for entry in self.entries:
+            if entry.future.set_running_or_notify_cancel():
+                entry.future.set_exception(fault)
