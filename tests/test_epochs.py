@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from model_store.errors import Conflict, CorruptStore, InvalidRequest, StoreUnav
 from model_store.impact import compare_banks
 from model_store.known_vectors import unseen_scores
 from model_store.publishing import Publisher
+from model_store.revision import Revision
 from model_store.revision_reader import ActiveSet
 from model_store.selection import WhitenedCosine
 from model_store.signatures import Trust
@@ -297,6 +299,24 @@ def test_of_two_that_begin_an_epoch_one_gives_way(store: ModelStore, monkeypatch
         publisher.begin_epoch()
     assert publisher.refresh().revision.reason == "faster"
     assert answers(publisher.active.bank) == answers(other.active.bank)
+
+
+def test_a_change_that_lost_the_race_to_an_epoch_is_in_it(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, other = Publisher(store), Publisher(ModelStore(store.url))
+    publish_after = store.publish_after
+
+    def overtaken(*args: Any) -> Revision:
+        monkeypatch.setattr(store, "publish_after", publish_after)
+        other.begin_epoch()
+        return publish_after(*args)
+
+    monkeypatch.setattr(store, "publish_after", overtaken)
+    active = register(publisher, "new", 900)
+    assert active.revision.number == other.active.revision.number + 1
+    assert active.revision.epoch == other.active.revision.epoch is not None
+    assert answers(active.bank) == answers(other.refresh().bank)
 
 
 # -- modules that are read when needed ---------------------------------------------------------------
