@@ -11,10 +11,12 @@ import pytest
 import torch
 from random_modules import FEATURE_DIM, backbone_manifest, build_bank, module_bytes, random_cls, random_module
 from torch import Tensor
+from typer.testing import CliRunner
 
 import model_store.impact
 import model_store.publishing
 import model_store.revision_reader
+from model_store import commands
 from model_store.answers import Answer
 from model_store.backbone import BackboneArtefact
 from model_store.bank import ModuleBank
@@ -30,6 +32,7 @@ from model_store.revision_reader import ActiveSet
 from model_store.selection import WhitenedCosine
 from model_store.signatures import Trust
 from model_store.store import ModelStore
+from model_store.task_descriptions import describe_module, describe_tasks
 from model_store.task_module import TaskModule
 
 NUM_TASKS = 12
@@ -340,6 +343,32 @@ def test_a_replica_that_starts_reads_listings_and_no_module(
     assert set(read) >= {one.receipt.module_sha256 for one in expected}
 
 
+def test_tasks_are_listed_without_reading_the_modules_that_their_epoch_lists(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = begun(store)
+    publisher.remove("task02")
+    later = {
+        register(publisher, task, seed).files[task].sha256 for task, seed in (("new", 900), ("task07", 901))
+    }
+    revision = publisher.active.revision
+    expected = [describe_module(store, sha256) for sha256 in revision.tasks.values()]
+    read: list[str] = []
+    module = ModelStore.module
+    monkeypatch.setattr(
+        ModelStore, "module", lambda self, sha256: read.append(sha256) or module(self, sha256)
+    )
+    opened = ModelStore(store.url)
+    assert list(describe_tasks(opened, opened.revision(revision.number))) == expected
+    assert sorted(read) == sorted(later)
+    listed = CliRunner().invoke(commands.app, ["tasks", "list", "--store", store.url])
+    assert [line.split("\t")[0] for line in listed.output.splitlines()] == ["task", *revision.tasks]
+    assert len(read) == 4
+    before = opened.revision(revision.epoch.number - 1)  # type: ignore[union-attr]
+    assert len(list(describe_tasks(opened, before))) == NUM_TASKS
+    assert len(read) == 4 + NUM_TASKS
+
+
 def test_signed_modules_are_read_since_nobody_signs_listings(store: ModelStore) -> None:
     active = begun(store).active
     careful = Publisher(ModelStore(store.url), trust=Trust({"someone": b"0" * 32}, is_required=False))  # type: ignore[arg-type]
@@ -401,6 +430,8 @@ def test_a_damaged_epoch_is_refused(store: ModelStore, tmp_path: Path, folder: s
     file.write_bytes(data)
     with pytest.raises(CorruptStore, match="reads back with SHA-256"):
         Publisher(ModelStore(store.url))
+    with pytest.raises(CorruptStore, match="reads back with SHA-256"):
+        list(describe_tasks(store, store.require_head()))
     file.unlink()
     with pytest.raises(CorruptStore, match=f"has no {folder}/"):
         Publisher(ModelStore(store.url))
