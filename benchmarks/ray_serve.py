@@ -15,34 +15,31 @@ at best is set by RAY_POLL_S, how often a replica looks into the store.
 """
 
 import contextlib
-import hashlib
 import itertools
 import os
-import random
 import signal
 import statistics
 import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
 
+from benchmarks.changing_demo import Change, Demo, at_work, changes, judge, quantiles
 from benchmarks.machine import machine
-from benchmarks.propagation import Modules, copy_folder, quantiles, s3_server
-from benchmarks.soak import train_variants
 from benchmarks.soak_clients import ask
-from benchmarks.soak_record import Acknowledged, Record, tell
-from model_store.backbone_loading import load_backbone
+from benchmarks.soak_record import Record, tell
+from benchmarks.store_on_s3 import demo_on_s3
 from model_store.store import ModelStore
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from churn import find_mismatches
 from ray_cluster import RayCluster, ray_cluster
 from serving import free_port
 
@@ -51,13 +48,10 @@ POLL_S = float(os.environ.get("RAY_POLL_S", "1.0"))
 NUM_REPLICAS = 2
 NUM_CLIENTS = 4
 NUM_WATCHERS = 2
-SECONDS_BETWEEN_CHANGES = 0.5  # at random, twice as many at most
 SECONDS_BETWEEN_LOOKS = 0.01
-SECONDS_AFTER_A_FAULT = 0.2
 LONGEST_WAIT_S = 180.0
 CHANGES_AROUND_THE_KILL = 10  # as many before it as after it
 STORE = "s3://tosca/models"
-DEMO = Path(".tosca")
 RESULT = Path(__file__).parent / "results" / "ray_serve.json"
 
 
@@ -105,37 +99,21 @@ class Sightings:
         return statistics.median(gaps)
 
 
-@dataclass(frozen=True)
-class Change:
-    """An acknowledged change: its revision, how long it took, when the client had its answer."""
-
-    revision: int
-    acknowledged_at: float
-    took_s: float
-
-
 def main() -> None:
     about = machine()
-    source = ModelStore(DEMO / "store")
-    backbone = load_backbone(source)
-    modules = train_variants(backbone)
-    pictures = [path.read_bytes() for path in sorted((DEMO / "demo").glob("*/test/*/*"))]
+    demo = Demo.load()
     with tempfile.TemporaryDirectory() as name, _replicas(Path(name)) as (url, cluster):
-        calm, changes, sightings, seconds = measure(url, pictures, modules)
-        killed, outage = kill_one(url, cluster, pictures, modules)
-        store = ModelStore(STORE)
-        lost = [fault for one in (*calm.acknowledged, *killed.acknowledged) if (fault := one.fault(store))]
-        answers = [*calm.answers, *killed.answers]
-        print(f"replaying {len(answers)} answers offline …", flush=True)
-        mismatches = find_mismatches(store, backbone, pictures, answers)
+        calm, made, sightings, seconds = measure(url, demo)
+        killed, outage = kill_one(url, cluster, demo)
+        verdict = judge(demo, ModelStore(STORE), calm, killed)
     propagations_s = [
         max(0.0, moment - one.acknowledged_at)
-        for one in changes
+        for one in made
         if (moment := sightings.served_by_all(one.revision, NUM_REPLICAS)) is not None
     ]
     report = {
         "machine": about,
-        "runtime": backbone.runtime_name,
+        "runtime": demo.backbone.runtime_name,
         "replicas": NUM_REPLICAS,
         "clients": NUM_CLIENTS,
         "store": "S3 (moto), a process of its own",
@@ -144,10 +122,12 @@ def main() -> None:
         "requests_answered": len(calm.answers),
         "failed_requests": len(calm.failures),
         "changes": dict(sorted(calm.changes.items())),
-        "revisions_that_answered": len({answer["receipt"]["revision"] for _, answer in answers}),
+        "revisions_that_answered": len(
+            {answer["receipt"]["revision"] for one in (calm, killed) for _, answer in one.answers}
+        ),
         "propagation_s": quantiles(propagations_s),
         "between_looks_at_a_replica_s": round(sightings.median_gap_s(), 4),
-        "change_s": quantiles([one.took_s for one in changes]),
+        "change_s": quantiles([one.took_s for one in made]),
         "latency_s": quantiles(calm.latencies_s),
         "killed_replica": {
             "requests_answered": len(killed.answers),
@@ -155,41 +135,37 @@ def main() -> None:
             "acknowledged_changes": len(killed.acknowledged),
             "replaced_after_s": round(outage, 1),
         },
-        "acknowledged_changes_lost": len(lost),
-        "replayed": len(answers),
-        "mismatches": len(mismatches),
+        **verdict.figures,
     }
-    tell(report, RESULT, calm.failures, lost, mismatches)
-    if calm.failures or lost or mismatches or len(propagations_s) < len(changes):
+    tell(report, RESULT, calm.failures, verdict.lost, verdict.mismatches)
+    if calm.failures or verdict.lost or verdict.mismatches or len(propagations_s) < len(made):
         sys.exit(1)
 
 
-def measure(
-    url: str, pictures: list[bytes], modules: Modules
-) -> tuple[Record, list[Change], Sightings, float]:
+def measure(url: str, demo: Demo) -> tuple[Record, list[Change], Sightings, float]:
     """Change tasks while clients ask, until every replica serves the newest revision."""
     record, sightings = Record(), Sightings(url)
     started = time.monotonic()
-    with _load(url, pictures, record, sightings):
-        changes = list(itertools.islice(_change(url, modules, record), NUM_CHANGES))
-        newest = max(one.revision for one in changes)
+    with _load(url, demo.pictures, record, sightings):
+        made = list(itertools.islice(changes([url], demo.modules, record), NUM_CHANGES))
+        newest = max(one.revision for one in made)
         ends_at = time.monotonic() + LONGEST_WAIT_S
         while sightings.served_by_all(newest, NUM_REPLICAS) is None and time.monotonic() < ends_at:
             time.sleep(SECONDS_BETWEEN_LOOKS)
-    return record, changes, sightings, time.monotonic() - started
+    return record, made, sightings, time.monotonic() - started
 
 
-def kill_one(url: str, cluster: RayCluster, pictures: list[bytes], modules: Modules) -> tuple[Record, float]:
+def kill_one(url: str, cluster: RayCluster, demo: Demo) -> tuple[Record, float]:
     """Kill a replica between changes, under load; and seconds until there are as many as before."""
     record, sightings = Record(), Sightings(url)
-    with _load(url, pictures, record, sightings):
-        changes = _change(url, modules, record)
-        for _ in itertools.islice(changes, CHANGES_AROUND_THE_KILL):
+    with _load(url, demo.pictures, record, sightings):
+        made = changes([url], demo.modules, record)
+        for _ in itertools.islice(made, CHANGES_AROUND_THE_KILL):
             pass
         before = set(cluster.replicas)
         os.kill(min(before), signal.SIGKILL)
         began = time.monotonic()
-        for _ in itertools.islice(changes, CHANGES_AROUND_THE_KILL):
+        for _ in itertools.islice(made, CHANGES_AROUND_THE_KILL):
             pass
         while len(sightings.looks_at) < NUM_REPLICAS + 1:  # the one that takes its place has answered
             if time.monotonic() > began + LONGEST_WAIT_S:
@@ -199,48 +175,13 @@ def kill_one(url: str, cluster: RayCluster, pictures: list[bytes], modules: Modu
     return record, outage
 
 
-@contextlib.contextmanager
-def _load(url: str, pictures: list[bytes], record: Record, sightings: Sightings) -> Iterator[None]:
+def _load(
+    url: str, pictures: list[bytes], record: Record, sightings: Sightings
+) -> AbstractContextManager[None]:
     """Clients that ask and watchers that look, while the block runs."""
-    stop = threading.Event()
     record.begin_life(os.getpid())  # nothing that a client may forgive: every missing answer is a failure
-    threads = [
-        threading.Thread(target=ask, args=(url, pictures, seed, record, stop)) for seed in range(NUM_CLIENTS)
-    ]
-    threads += [threading.Thread(target=sightings.watch, args=(record, stop)) for _ in range(NUM_WATCHERS)]
-    for one in threads:
-        one.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        for one in threads:
-            one.join(120.0)
-
-
-def _change(url: str, modules: Modules, record: Record) -> Iterator[Change]:
-    """Register each task in one version and then in the other; yields what was acknowledged."""
-    choice = random.Random(13)
-    names = sorted({name for name, _ in modules})
-    with httpx.Client(base_url=url, timeout=120.0) as client:
-        for i in itertools.count():
-            time.sleep(choice.uniform(0.0, 2 * SECONDS_BETWEEN_CHANGES))
-            task, data = names[i % len(names)], modules[names[i % len(names)], (i // len(names)) % 2]
-            began = time.monotonic()
-            try:
-                # Forced: these tasks look alike on purpose, so the impact report would refuse them.
-                told = client.post("/tasks", params={"force": True}, content=data).raise_for_status().json()
-            except httpx.HTTPError as error:
-                record.fail(f"change: {error!r}")
-                time.sleep(SECONDS_AFTER_A_FAULT)
-                continue
-            now = time.monotonic()
-            action = "replace" if told["replaced_sha256"] else "register"
-            with record.lock:
-                record.changes[action] += 1
-                sha256 = hashlib.sha256(data).hexdigest()
-                record.acknowledged.append(Acknowledged(told["revision"], action, task, sha256))
-            yield Change(told["revision"], now, now - began)
+    clients = [partial(ask, url, pictures, seed, record) for seed in range(NUM_CLIENTS)]
+    return at_work([*clients, *[partial(sightings.watch, record)] * NUM_WATCHERS])
 
 
 def _kind(failure: str) -> str:
@@ -251,20 +192,16 @@ def _kind(failure: str) -> str:
 @contextlib.contextmanager
 def _replicas(folder: Path) -> Iterator[tuple[str, RayCluster]]:
     """The proxy's URL and the cluster, over the demo's store on an S3 server."""
-    with s3_server(folder / "s3.log") as endpoint:
-        bucket = STORE.removeprefix("s3://").partition("/")[0]
-        urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{bucket}", method="PUT"), timeout=30)
-        copy_folder(DEMO / "store", STORE)
-        with ray_cluster(num_cpus=NUM_REPLICAS) as cluster:
-            port = free_port()
-            cluster.tosca(
-                *("ray", "deploy", "--store", STORE, "--port", str(port)),
-                *("--replicas", str(NUM_REPLICAS), "--cpus", "1"),
-                TOSCA_STORE_POLL_S=str(POLL_S),
-                TOSCA_CLS_CACHE_BYTES="0",
-                TOSCA_LOG_LEVEL="warning",
-            )
-            yield f"http://127.0.0.1:{port}", cluster
+    with demo_on_s3(STORE, folder / "s3.log"), ray_cluster(num_cpus=NUM_REPLICAS) as cluster:
+        port = free_port()
+        cluster.tosca(
+            *("ray", "deploy", "--store", STORE, "--port", str(port)),
+            *("--replicas", str(NUM_REPLICAS), "--cpus", "1"),
+            TOSCA_STORE_POLL_S=str(POLL_S),
+            TOSCA_CLS_CACHE_BYTES="0",
+            TOSCA_LOG_LEVEL="warning",
+        )
+        yield f"http://127.0.0.1:{port}", cluster
 
 
 if __name__ == "__main__":

@@ -18,26 +18,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
 
+from benchmarks.changing_demo import DEMO, NAMES, Demo, judge
 from benchmarks.machine import machine
 from benchmarks.soak_clients import ask, change, sample
 from benchmarks.soak_record import Life, Record, tell
-from model_store.backbone import Backbone
-from model_store.backbone_loading import load_backbone
 from model_store.store import ModelStore, with_task, without_task
-from training.feature_cache import FeatureCache
-from training.features import extract_features
-from training.sources import open_source
-from training.trainer import train_task
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from churn import find_mismatches
 from serving import free_port, running_server
 
 DURATION_S = float(os.environ.get("SOAK_S", "600"))
@@ -51,9 +43,6 @@ CLS_CACHE_BYTES = 2**20
 # Of resident memory, from the first quarter of a life to its last, where it was sampled often enough.
 MAX_GROWTH = 1.1
 MIN_SAMPLES = 8
-NAMES = ("digits-1", "digits-2", "textiles-1", "textiles-2")
-VERSIONS = 2
-DEMO = Path(".tosca")
 RESULT = Path(__file__).parent / "results" / "soak.json"
 
 
@@ -62,60 +51,37 @@ def main() -> None:
         write(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))
         return
     about = machine()
-    source = ModelStore(DEMO / "store")
-    backbone = load_backbone(source)
-    modules = train_variants(backbone)
+    demo = Demo.load()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copytree(DEMO / "store", folder / "store")
         store = ModelStore(folder / "store")
         (folder / "modules").mkdir()
-        for (task, version), data in modules.items():
+        for (task, version), data in demo.modules.items():
             (folder / "modules" / f"{task}.{version}.safetensors").write_bytes(data)
-        pictures = [path.read_bytes() for path in sorted((DEMO / "demo").glob("*/test/*/*"))]
-        record, seconds = soak(store, pictures, modules, folder)
-        lost = [fault for one in record.acknowledged if (fault := one.fault(store))]
-        print(f"replaying {len(record.answers)} answers offline …", flush=True)
-        mismatches = find_mismatches(store, backbone, pictures, record.answers)
+        record, seconds = soak(store, demo, folder)
+        verdict = judge(demo, store, record)
         report = {
             "machine": about,
-            "runtime": backbone.runtime_name,
-            "pictures": len(pictures),
+            "runtime": demo.backbone.runtime_name,
+            "pictures": len(demo.pictures),
             **summary(record, seconds, store),
             "acknowledged_changes": len(record.acknowledged),
-            "acknowledged_changes_lost": len(lost),
-            "replayed": len(record.answers),
-            "mismatches": len(mismatches),
+            **verdict.figures,
         }
-    tell(report, RESULT, record.failures, lost, mismatches)
-    sys.exit(bool(record.failures or lost or mismatches or growing(record)))
+    tell(report, RESULT, record.failures, verdict.lost, verdict.mismatches)
+    sys.exit(bool(record.failures or verdict.lost or verdict.mismatches or growing(record)))
 
 
-def train_variants(backbone: Backbone) -> dict[tuple[str, int], bytes]:
-    """Two versions of four tasks: the demo's, on shifted features, under other names."""
-    cache = FeatureCache(DEMO / "cache", backbone.fingerprint, backbone.variant, backbone.feature_dim)
-    modules = {}
-    for i, name in enumerate(NAMES):
-        source = open_source(DEMO / "demo" / name.split("-")[0])
-        features = extract_features(source, backbone, cache, show_progress=False)
-        for version in range(VERSIONS):
-            generator = torch.Generator().manual_seed(10 * i + version)
-            shift = 0.3 * torch.randn(features.cls_ND.shape, generator=generator)
-            shifted = replace(features, name=name, cls_ND=features.cls_ND + shift)
-            modules[name, version] = train_task(name, shifted, backbone.manifest, seed=version).data
-    return modules
-
-
-def soak(
-    store: ModelStore, pictures: list[bytes], modules: dict[tuple[str, int], bytes], folder: Path
-) -> tuple[Record, float]:
+def soak(store: ModelStore, demo: Demo, folder: Path) -> tuple[Record, float]:
     """The lives of the server, and around them clients, changes, samples and a second writer."""
     record, stop, port = Record(), threading.Event(), free_port()
     url = f"http://127.0.0.1:{port}"
     workers = [
-        threading.Thread(target=ask, args=(url, pictures, seed, record, stop)) for seed in range(NUM_CLIENTS)
+        threading.Thread(target=ask, args=(url, demo.pictures, seed, record, stop))
+        for seed in range(NUM_CLIENTS)
     ]
-    workers.append(threading.Thread(target=change, args=(url, modules, record, stop)))
+    workers.append(threading.Thread(target=change, args=(url, demo.modules, record, stop)))
     workers.append(threading.Thread(target=sample, args=(url, record, stop)))
     settings = {
         "port": port,

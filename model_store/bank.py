@@ -12,7 +12,6 @@ added over the tasks of a label space, and found by the exact search of `model_s
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -182,11 +181,6 @@ class ModuleBank:
     def is_screened(self) -> bool:
         """Whether there are so many classes that only those that may matter are scored exactly."""
         return self.selector is not None and self.selector.screen is not None
-
-    @cached_property
-    def is_deferred(self) -> bool:
-        """Whether answering may have to read a module."""
-        return any(not isinstance(module, TaskModule) for module in self.modules)
 
     def module(self, task: str) -> ActiveModule:
         """Raises UnknownTask."""

@@ -20,22 +20,22 @@ from model_store.console import (
     JsonOption,
     StoreOption,
     err,
-    figure,
     out,
     print_impact,
     print_json,
     print_revisions,
     print_table,
+    print_tasks,
     read_file,
 )
 from model_store.doctor_command import doctor
 from model_store.errors import InvalidBackbone, ToscaError
 from model_store.hub_commands import pull, push
-from model_store.module_file import read_module
 from model_store.publishing import DEFAULT_MARGIN, Publisher
 from model_store.revision import Revision
 from model_store.sign_commands import read_signature, sign
 from model_store.store import ModelStore, without_task
+from model_store.task_descriptions import TaskDescription, describe_module, describe_tasks
 from model_store.tune_command import backbone_tune
 
 _HELP = """Serve one frozen vision backbone with many small image-classification tasks.
@@ -224,23 +224,11 @@ def tasks_list(store: StoreOption = DEFAULT_STORE, json: JsonOption = False) -> 
     """
     opened = ModelStore(store)
     revision = opened.require_head()
-    rows = [_task_row(opened, sha256) for sha256 in revision.tasks.values()]
+    described = describe_tasks(opened, revision)
     if json:
-        print_json({"revision": revision.number, "tasks": rows})
+        print_json({"revision": revision.number, "tasks": [_task_row(one) for one in described]})
         return
-    print_table(
-        ["task", "classes", "accuracy", "bytes", "module"],
-        (
-            (
-                row["task"],
-                len(row["labels"]),
-                figure(row["metrics"].get("accuracy")),
-                row["size_bytes"],
-                row["sha256"][:12],
-            )
-            for row in rows
-        ),
-    )
+    print_tasks((one.manifest, one.size_bytes, one.sha256) for one in described)
 
 
 @tasks_app.command("show")
@@ -252,7 +240,7 @@ def tasks_show(task: str, store: StoreOption = DEFAULT_STORE) -> None:
     opened = ModelStore(store)
     revision = opened.require_head()
     without_task(task)(revision)  # raises UnknownTask
-    print_json(_task_row(opened, revision.tasks[task]))
+    print_json(_task_row(describe_module(opened, revision.tasks[task])))
 
 
 @tasks_app.command("remove")
@@ -314,6 +302,6 @@ def revisions_begin_epoch(
     out.print(f"revision {revision.number} begins an epoch with {len(revision.tasks)} task(s)")
 
 
-def _task_row(store: ModelStore, sha256: str) -> dict[str, Any]:
-    file = read_module(store.module(sha256))
-    return file.manifest.model_dump(mode="json") | {"sha256": sha256, "size_bytes": file.size_bytes}
+def _task_row(described: TaskDescription) -> dict[str, Any]:
+    manifest = described.manifest.model_dump(mode="json")
+    return manifest | {"sha256": described.sha256, "size_bytes": described.size_bytes}

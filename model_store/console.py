@@ -87,6 +87,17 @@ def print_impact(tasks: Iterable[Any], num_unmeasured: int) -> None:
         out.print(f"{num_unmeasured} more tasks, less like the changed ones, were not measured")
 
 
+def print_tasks(tasks: Iterable[tuple[Any, int, str]]) -> None:
+    """What each task says about itself, with the bytes and the digest of its module file."""
+    print_table(
+        ["task", "classes", "accuracy", "bytes", "module"],
+        (
+            (one.task, len(one.labels), figure(one.metrics.get("accuracy")), size_bytes, sha256[:12])
+            for one, size_bytes, sha256 in tasks
+        ),
+    )
+
+
 def print_revisions(revisions: Iterable[Any]) -> None:
     print_table(
         ["revision", "when", "tasks", "reason", "author"],

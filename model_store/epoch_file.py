@@ -37,7 +37,9 @@ class _Record(BaseModel):
     listings: tuple[Sha256, ...]
 
 
-class _Listed(BaseModel):
+class ListedTask(BaseModel):
+    """What a listing says of one task, beside its class means."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sha256: Sha256
@@ -73,8 +75,8 @@ class EpochRecord:
     def from_bytes(cls, data: bytes, feature_dim: int, sha256s: Iterable[str]) -> "EpochRecord":
         """For the modules `sha256s`, of the revision that began the epoch. Raises CorruptStore."""
         tensors, text = _load(data)
+        record = _record(text)
         try:
-            record = _Record.model_validate_json(text)
             scatter_P, centre_D, true_probability_N = (
                 tensors[name] for name in ("scatter", "centre", "true_probability")
             )
@@ -83,7 +85,7 @@ class EpochRecord:
             types = (scatter_P.dtype, centre_D.dtype, true_probability_N.dtype)
             if types != (torch.int64, torch.float64, torch.float64):
                 raise ValueError("its tensors are of other types")
-        except (KeyError, ValueError, ValidationError) as error:
+        except (KeyError, ValueError) as error:
             raise CorruptStore(f"the record of an epoch cannot be read: {error}") from error
         epoch = Epoch(
             pooled=PooledStatistics(scatter_P, record.num_images, record.num_classes),
@@ -100,7 +102,7 @@ def write_listings(files: Sequence[ListedFile]) -> Iterator[bytes]:
     for start in range(0, len(files), LISTED_TASKS):
         some = files[start : start + LISTED_TASKS]
         listed = [
-            _Listed(
+            ListedTask(
                 sha256=file.sha256,
                 size_bytes=file.size_bytes,
                 num_known=file.module.num_known,
@@ -113,15 +115,8 @@ def write_listings(files: Sequence[ListedFile]) -> Iterator[bytes]:
 
 def read_listing(data: bytes, cache: ModuleCache) -> list[ListedFile]:
     """The tasks of a listing, whose modules `cache` reads. Raises CorruptStore."""
-    tensors, text = _load(data)
-    try:
-        listed = [_Listed.model_validate(one) for one in json.loads(text)]
-        mean_KD = tensors["mean"]
-        sizes = [len(one.manifest.labels) for one in listed]
-        if mean_KD.dtype != torch.float32 or len(mean_KD) != sum(sizes):
-            raise ValueError("its class means are not those of the tasks")
-    except (KeyError, ValueError, ValidationError, TypeError) as error:
-        raise CorruptStore(f"a listing of tasks cannot be read: {error}") from error
+    listed, mean_KD = _read_listing(data)
+    sizes = [len(one.manifest.labels) for one in listed]
     return [
         ListedFile.of(
             one.manifest,
@@ -133,6 +128,35 @@ def read_listing(data: bytes, cache: ModuleCache) -> list[ListedFile]:
         )
         for one, mean_CD in zip(listed, mean_KD.split(sizes), strict=True)
     ]
+
+
+def read_listed_tasks(data: bytes) -> list[ListedTask]:
+    """The tasks of a listing without what weighs them. Raises CorruptStore."""
+    return _read_listing(data)[0]
+
+
+def listing_digests(data: bytes) -> tuple[str, ...]:
+    """The digests of an epoch's listings, of its record. Raises CorruptStore."""
+    return _record(_load(data)[1]).listings
+
+
+def _read_listing(data: bytes) -> tuple[list[ListedTask], Tensor]:
+    tensors, text = _load(data)
+    try:
+        listed = [ListedTask.model_validate(one) for one in json.loads(text)]
+        mean_KD = tensors["mean"]
+        if mean_KD.dtype != torch.float32 or len(mean_KD) != sum(len(one.manifest.labels) for one in listed):
+            raise ValueError("its class means are not those of the tasks")
+    except (KeyError, ValueError, ValidationError, TypeError) as error:
+        raise CorruptStore(f"a listing of tasks cannot be read: {error}") from error
+    return listed, mean_KD
+
+
+def _record(text: str) -> _Record:
+    try:
+        return _Record.model_validate_json(text)
+    except ValidationError as error:
+        raise CorruptStore(f"the record of an epoch cannot be read: {error}") from error
 
 
 def _save(tensors: dict[str, Tensor], text: str) -> bytes:

@@ -104,32 +104,29 @@ class Publisher:
         given = [signature] if signature is not None else []
         signer = self._reader.signer_of(file.sha256, given)
 
-        change = with_task(task, file.sha256)
+        def reason_after(parent: Revision) -> str:
+            return reason or f"{'replace' if task in parent.tasks else 'add'} {task}"
 
-        def publish(parent: ActiveSet, outcome: Outcome) -> Revision:
+        def keep(outcome: Outcome) -> None:
             if outcome.harmed and not force:
                 raise HarmsOtherTasks(_harm(task, outcome, self.margin))
             self.store.put_module(data)
             for one in given:
                 self.store.put_signature(one)
-            verb = "replace" if task in parent.files else "add"
-            return self.store.publish(
-                change, reason or f"{verb} {task}", parent=parent.revision, author=author
-            )
 
-        new = NewFile(file, signer)
-        return self._change(change, publish, task=task, new=new, dry_run=dry_run)
+        return self._change(
+            with_task(task, file.sha256),
+            reason_after,
+            author,
+            task=task,
+            new=NewFile(file, signer),
+            keep=keep,
+            dry_run=dry_run,
+        )
 
     def remove(self, task: str, *, reason: str = "", author: str | None = None) -> Outcome:
         """Take a task out of the active set; its file stays in the store. Raises UnknownTask."""
-        change = without_task(task)
-
-        def publish(parent: ActiveSet, _: Outcome) -> Revision:
-            return self.store.publish(
-                change, reason or f"remove {task}", parent=parent.revision, author=author
-            )
-
-        return self._change(change, publish, task=task)
+        return self._change(without_task(task), lambda _: reason or f"remove {task}", author, task=task)
 
     def rollback(self, number: int, *, reason: str = "", author: str | None = None) -> Outcome:
         """Publish the task set of an old revision as a new one. Raises UnknownRevision, Conflict."""
@@ -137,16 +134,8 @@ class Publisher:
         if target.backbone_fingerprint != self.backbone.fingerprint:
             raise Conflict(f"revision {number} belongs to backbone {target.backbone_fingerprint[:12]}…")
 
-        def publish(parent: ActiveSet, _: Outcome) -> Revision:
-            return self.store.publish(
-                lambda _: target.tasks,
-                reason or f"roll back to revision {number}",
-                parent=parent.revision,
-                like=target,
-                author=author,
-            )
-
-        return self._change(lambda _: target.tasks, publish, like=target)
+        reason = reason or f"roll back to revision {number}"
+        return self._change(lambda _: target.tasks, lambda _: reason, author, like=target)
 
     @property
     def epoch_is_due(self) -> bool:
@@ -176,14 +165,19 @@ class Publisher:
     def _change(
         self,
         change: Callable[[Revision], Mapping[str, str]],
-        publish: Callable[[ActiveSet, Outcome], Revision],
+        reason_after: Callable[[Revision], str],
+        author: str | None,
         *,
         task: str | None = None,
-        new: "NewFile | None" = None,
+        new: NewFile | None = None,
+        keep: Callable[[Outcome], None] | None = None,
         like: Revision | None = None,
         dry_run: bool = False,
     ) -> Outcome:
-        """Build the bank of the changed set and publish it; begin again when another writer was first."""
+        """Build the bank of the changed set and publish it; begin again when another writer was first.
+
+        `keep` puts into the store what the revision needs, or refuses; the epoch is that of `like` if given.
+        """
         for _ in range(_ATTEMPTS):
             parent = self.refresh()
             wanted = change(parent.revision)
@@ -200,10 +194,11 @@ class Publisher:
             outcome = Outcome(parent, impact, published=False, replaced_sha256=replaced, harmed=harmed)
             if dry_run:
                 return outcome
+            if keep is not None:
+                keep(outcome)
+            reason = reason_after(parent.revision)
             try:
-                revision = publish(parent, outcome)
-            except HarmsOtherTasks:
-                raise
+                revision = self.store.publish_after(parent.revision, wanted, epoch, reason, author)
             except Conflict:
                 continue
             self._switch(ActiveSet(revision, draft.bank, draft.files))

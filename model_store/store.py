@@ -282,43 +282,42 @@ class ModelStore:
         change: Callable[[Revision], Mapping[str, str]],
         reason: str,
         *,
-        parent: Revision | None = None,
-        like: Revision | None = None,
         author: str | None = None,
         attempts: int = 50,
     ) -> Revision:
-        """Publish the task set `change(head)` as the next revision, in the same epoch or in that of `like`;
-        its author is the store's unless named.
+        """Publish the task set `change(head)` as the next revision; its author is the store's unless named.
 
-        Without `parent`, a writer that loses the race applies its change to the new head and tries again.
-        With `parent`, it raises Conflict instead, for callers whose change was judged against that parent.
+        A writer that loses the race applies its change to the new head and tries again.
         """
-        current = parent
         for _ in range(attempts):
-            current = current or self.require_head()
-            tasks = change(current)
-            epoch = self.next_epoch(current, tasks) if like is None else like.epoch
-            draft = self._draft(
-                current.number + 1, current.backbone_fingerprint, tasks, reason, author, epoch
-            )
-            if self._put_revision(draft):
-                return draft
-            if parent is not None:
-                raise Conflict(f"revision {draft.number} was published by another writer meanwhile")
-            current = None
+            head = self.require_head()
+            tasks = change(head)
+            with contextlib.suppress(Conflict):
+                return self.publish_after(head, tasks, self.next_epoch(head, tasks), reason, author)
         raise Conflict(f"gave up after {attempts} attempts: other writers publish without pause")
+
+    def publish_after(
+        self,
+        parent: Revision,
+        tasks: Mapping[str, str],
+        epoch: EpochRef | None,
+        reason: str,
+        author: str | None = None,
+    ) -> Revision:
+        """Publish `tasks`, in an epoch or in none, for callers who judged just that against `parent`.
+
+        Raises Conflict when another revision came after `parent` meanwhile.
+        """
+        fingerprint = parent.backbone_fingerprint
+        return self._put_revision(self._draft(parent.number + 1, fingerprint, tasks, reason, author, epoch))
 
     def begin_epoch(self, parent: Revision, sha256: str, reason: str, author: str | None = None) -> Revision:
         """Publish the tasks of `parent` again, as those that begin the epoch with the record `sha256`.
 
         Raises Conflict when another revision came meanwhile.
         """
-        number = parent.number + 1
-        epoch = EpochRef(number=number, sha256=sha256)
-        draft = self._draft(number, parent.backbone_fingerprint, parent.tasks, reason, author, epoch)
-        if not self._put_revision(draft):
-            raise Conflict(f"revision {number} was published by another writer meanwhile")
-        return draft
+        epoch = EpochRef(number=parent.number + 1, sha256=sha256)
+        return self.publish_after(parent, parent.tasks, epoch, reason, author)
 
     def publish_first(self, backbone_fingerprint: str) -> Revision:
         """Make `backbone_fingerprint` the store's backbone.
@@ -336,10 +335,8 @@ class ModelStore:
                 f"{head.backbone_fingerprint[:12]}…: remove them first, or use another store"
             )
         number = head.number + 1 if head else 1
-        draft = self._draft(number, backbone_fingerprint, {}, f"backbone {backbone_fingerprint[:12]}")
-        if not self._put_revision(draft):
-            raise Conflict(f"revision {number} was published by another writer meanwhile")
-        return draft
+        reason = f"backbone {backbone_fingerprint[:12]}"
+        return self._put_revision(self._draft(number, backbone_fingerprint, {}, reason))
 
     def require_head(self) -> Revision:
         head = self.head()
@@ -366,12 +363,15 @@ class ModelStore:
             created_at=datetime.now(UTC),
         )
 
-    def _put_revision(self, revision: Revision) -> bool:
+    def _put_revision(self, revision: Revision) -> Revision:
+        """Raises Conflict when there is one of this number already."""
         epoch = revision.epoch
         began = None
         if epoch is not None and epoch.number < revision.number:
             began = self._tasks_that_began(epoch)
-        return self._files.put_new(_revision_path(revision.number), log_file(revision, began))
+        if not self._files.put_new(_revision_path(revision.number), log_file(revision, began)):
+            raise Conflict(f"revision {revision.number} was published by another writer meanwhile")
+        return revision
 
 
 def with_task(task: str, sha256: str) -> Callable[[Revision], Mapping[str, str]]:

@@ -15,7 +15,7 @@ from model_store.signatures import Trust
 from model_store.store import ModelStore
 from service.access import Access
 from service.keys import now_utc, read_keys
-from service.schemas import Ready
+from service.schemas.health import Ready
 from service.settings import Settings
 
 _TIMEOUT_S = 2.0

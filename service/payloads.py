@@ -16,7 +16,9 @@ from model_store.errors import Conflict, ImageTooLarge, InvalidRequest
 from model_store.signatures import Signature
 from service.bodies import media_type_of
 from service.errors import UnsupportedMediaType
-from service.schemas import FeedbackRequest, PredictRequest, StoredModule
+from service.schemas.feedback import FeedbackRequest
+from service.schemas.predict import PredictRequest
+from service.schemas.tasks import StoredModule
 
 # CLS vectors leave a layer norm: their numbers are of the order of ten.
 MAX_CLS_VALUE = 1e4

@@ -8,12 +8,12 @@ import typer
 
 from model_store.console import (
     JsonOption,
-    figure,
     out,
     print_impact,
     print_json,
     print_revisions,
     print_table,
+    print_tasks,
     read_file,
 )
 from model_store.sign_commands import read_signature
@@ -74,19 +74,7 @@ def remote_tasks(
     if json:
         print_json(asdict(listed))
         return
-    print_table(
-        ["task", "classes", "accuracy", "bytes", "module"],
-        (
-            (
-                one.task,
-                len(one.labels),
-                figure(one.metrics.get("accuracy")),
-                one.size_bytes,
-                one.module_sha256[:12],
-            )
-            for one in listed.tasks
-        ),
-    )
+    print_tasks((one, one.size_bytes, one.module_sha256) for one in listed.tasks)
 
 
 @remote_app.command("add")

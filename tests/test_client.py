@@ -1,6 +1,7 @@
 """The Python client: what it sends, what it asks again, and that it needs nothing of the service."""
 
 import asyncio
+import inspect
 import json
 import subprocess
 import sys
@@ -199,6 +200,45 @@ def test_a_key_goes_along_and_names_are_quoted() -> None:
     (request,) = server.requests
     assert request.headers["authorization"] == "Bearer tosca_1_x"
     assert request.url.raw_path.startswith(b"/tasks/a%2Fb%3Fc?reason=%C3%BCnwanted")
+
+
+def test_both_clients_offer_the_same_calls() -> None:
+    def offered(kind: type[Any]) -> dict[str, inspect.Signature]:
+        methods = inspect.getmembers(kind, inspect.isfunction)
+        return {name: inspect.signature(one) for name, one in methods if not name.startswith("_")}
+
+    assert offered(Client) == offered(AsyncClient)
+    assert {"predict", "predict_each", "add_task", "rollback"} <= offered(Client).keys()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.predict(b"picture", task="birds", top_k=2, coverage=0.9, minimum_revision=4),
+        lambda client: client.predict_many([b"picture"], Wishes(selection="entropy"), minimum_revision=4),
+        lambda client: client.predict_each([b"picture"], Wishes(task="birds")),
+        lambda client: client.ready(),
+        lambda client: client.tasks(minimum_revision=4),
+        lambda client: client.task("a/b", minimum_revision=4),
+        lambda client: client.add_task(b"module", dry_run=True, force=True, reason="new", signature="{}"),
+        lambda client: client.remove_task("birds", reason="old", wait="all"),
+        lambda client: client.replicas(),
+        lambda client: client.revisions(3),
+        lambda client: client.rollback(3, reason="worse", wait="all"),
+    ],
+)
+def test_both_clients_send_the_same(call: Callable[[Any], Any]) -> None:
+    def sent(ask: Callable[[Server], Any]) -> tuple[str, httpx.URL, dict[str, str], bytes]:
+        server = Server(refused(501))
+        with pytest.raises(ServerRefused):
+            ask(server)
+        [request] = server.requests
+        headers = dict(request.headers)
+        kind, _, boundary = headers.get("content-type", "").partition("; boundary=")  # drawn by chance
+        body = request.content.replace(boundary.encode(), b"boundary") if boundary else request.content
+        return request.method, request.url, headers | {"content-type": kind}, body
+
+    assert sent(lambda server: server.ask(call)) == sent(lambda server: server.ask_async(call))
 
 
 def test_paths_bytes_and_pictures_of_pillow_are_the_same_picture(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from service.app import create_app
 from service.keys import SCOPES, change_keys, make_key, now_utc
 from service.routes import predict
 from service.routes.direct import DirectRoute
-from service.schemas import PredictResponse
+from service.schemas.predict import PredictResponse
 from service.settings import Settings
 
 PNG = encoded(noise(0))

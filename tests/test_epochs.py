@@ -5,29 +5,34 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from random_modules import FEATURE_DIM, backbone_manifest, build_bank, module_bytes, random_cls, random_module
 from torch import Tensor
+from typer.testing import CliRunner
 
 import model_store.impact
 import model_store.publishing
 import model_store.revision_reader
+from model_store import commands
 from model_store.answers import Answer
 from model_store.backbone import BackboneArtefact
 from model_store.bank import ModuleBank
-from model_store.deferred import ListedFile, ModuleCache
+from model_store.deferred import DeferredModule, ListedFile, ModuleCache
 from model_store.deferred import module_bytes as bytes_in_memory
 from model_store.epoch import Epoch
 from model_store.errors import Conflict, CorruptStore, InvalidRequest, StoreUnavailable, UnknownModule
 from model_store.impact import compare_banks
 from model_store.known_vectors import unseen_scores
 from model_store.publishing import Publisher
+from model_store.revision import Revision
 from model_store.revision_reader import ActiveSet
 from model_store.selection import WhitenedCosine
 from model_store.signatures import Trust
 from model_store.store import ModelStore
+from model_store.task_descriptions import describe_module, describe_tasks
 from model_store.task_module import TaskModule
 
 NUM_TASKS = 12
@@ -299,6 +304,24 @@ def test_of_two_that_begin_an_epoch_one_gives_way(store: ModelStore, monkeypatch
     assert answers(publisher.active.bank) == answers(other.active.bank)
 
 
+def test_a_change_that_lost_the_race_to_an_epoch_is_in_it(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher, other = Publisher(store), Publisher(ModelStore(store.url))
+    publish_after = store.publish_after
+
+    def overtaken(*args: Any) -> Revision:
+        monkeypatch.setattr(store, "publish_after", publish_after)
+        other.begin_epoch()
+        return publish_after(*args)
+
+    monkeypatch.setattr(store, "publish_after", overtaken)
+    active = register(publisher, "new", 900)
+    assert active.revision.number == other.active.revision.number + 1
+    assert active.revision.epoch == other.active.revision.epoch is not None
+    assert answers(active.bank) == answers(other.refresh().bank)
+
+
 # -- modules that are read when needed ---------------------------------------------------------------
 
 
@@ -312,12 +335,38 @@ def test_a_replica_that_starts_reads_listings_and_no_module(
         ModelStore, "module", lambda self, sha256: read.append(sha256) or module(self, sha256)
     )
     active = Publisher(ModelStore(store.url)).active
-    assert read == [] and active.bank.is_deferred
+    assert read == []
     assert all(isinstance(file, ListedFile) and file.size_bytes > 1000 for file in active.files.values())
     assert active.files["task03"].manifest.labels == ("task03-0", "task03-1", "task03-2")
     assert answers(active.bank) == expected
     assert 0 < len(read) == len(set(read))
     assert set(read) >= {one.receipt.module_sha256 for one in expected}
+
+
+def test_tasks_are_listed_without_reading_the_modules_that_their_epoch_lists(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = begun(store)
+    publisher.remove("task02")
+    later = {
+        register(publisher, task, seed).files[task].sha256 for task, seed in (("new", 900), ("task07", 901))
+    }
+    revision = publisher.active.revision
+    expected = [describe_module(store, sha256) for sha256 in revision.tasks.values()]
+    read: list[str] = []
+    module = ModelStore.module
+    monkeypatch.setattr(
+        ModelStore, "module", lambda self, sha256: read.append(sha256) or module(self, sha256)
+    )
+    opened = ModelStore(store.url)
+    assert list(describe_tasks(opened, opened.revision(revision.number))) == expected
+    assert sorted(read) == sorted(later)
+    listed = CliRunner().invoke(commands.app, ["tasks", "list", "--store", store.url])
+    assert [line.split("\t")[0] for line in listed.output.splitlines()] == ["task", *revision.tasks]
+    assert len(read) == 4
+    before = opened.revision(revision.epoch.number - 1)  # type: ignore[union-attr]
+    assert len(list(describe_tasks(opened, before))) == NUM_TASKS
+    assert len(read) == 4 + NUM_TASKS
 
 
 def test_signed_modules_are_read_since_nobody_signs_listings(store: ModelStore) -> None:
@@ -343,7 +392,8 @@ def test_modules_make_room_for_others_and_come_back(store: ModelStore) -> None:
 def test_modules_that_do_not_fit_together_are_read_when_needed_in_no_epoch_too(store: ModelStore) -> None:
     whole = Publisher(store).active.bank
     few = Publisher(ModelStore(store.url), module_memory_bytes=30_000)
-    assert few.active.bank.is_deferred and not whole.is_deferred
+    assert all(isinstance(module, DeferredModule) for module in few.active.bank.modules)
+    assert all(isinstance(module, TaskModule) for module in whole.modules)
     assert torch.equal(few.active.bank.pooled.scatter_P, whole.pooled.scatter_P)
     assert answers(few.active.bank) == answers(whole)
     register(few, "new", 900)
@@ -380,6 +430,8 @@ def test_a_damaged_epoch_is_refused(store: ModelStore, tmp_path: Path, folder: s
     file.write_bytes(data)
     with pytest.raises(CorruptStore, match="reads back with SHA-256"):
         Publisher(ModelStore(store.url))
+    with pytest.raises(CorruptStore, match="reads back with SHA-256"):
+        list(describe_tasks(store, store.require_head()))
     file.unlink()
     with pytest.raises(CorruptStore, match=f"has no {folder}/"):
         Publisher(ModelStore(store.url))

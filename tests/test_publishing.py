@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from model_store.errors import (
 )
 from model_store.preprocess import Preprocessing
 from model_store.publishing import Publisher
+from model_store.revision import EpochRef, Revision
 from model_store.store import ModelStore, with_task
 from training.trainer import train_task
 
@@ -360,15 +362,45 @@ def test_a_registration_builds_on_what_others_published(
 
 
 class OvertakenStore(ModelStore):
-    """A store where a rival publishes just before our next publish."""
+    """A store where a rival publishes just before our next revision, and which keeps what it was asked."""
 
     overtake: Callable[[], object] | None = None
 
-    def publish(self, *args: object, **options: object):  # type: ignore[no-untyped-def, override]
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.asked_epoch_of: list[Mapping[str, str]] = []
+        self.asked_to_publish: list[Mapping[str, str]] = []
+
+    def next_epoch(self, parent: Revision, tasks: Mapping[str, str]) -> EpochRef | None:
+        self.asked_epoch_of.append(tasks)
+        return super().next_epoch(parent, tasks)
+
+    def publish_after(self, parent: Revision, tasks: Mapping[str, str], *rest: Any) -> Revision:
+        self.asked_to_publish.append(tasks)
         rival, self.overtake = self.overtake, None
         if rival:
             rival()
-        return super().publish(*args, **options)  # type: ignore[arg-type]
+        return super().publish_after(parent, tasks, *rest)
+
+
+def test_a_change_and_its_epoch_are_computed_once_for_each_parent(
+    publisher: Publisher, make: Callable[..., bytes]
+) -> None:
+    store = OvertakenStore(publisher.store.url)
+    slow, fast = Publisher(store), Publisher(ModelStore(publisher.store.url))
+    slow.register(make("dogs"))
+    slow.remove("birds")
+    store.overtake = lambda: fast.register(make("elms"))
+    slow.register(make("firs"))
+    assert [sorted(tasks) for tasks in store.asked_to_publish] == [
+        ["birds", "cars", "dogs"],
+        ["cars", "dogs"],
+        ["cars", "dogs", "firs"],
+        ["cars", "dogs", "elms", "firs"],
+    ]
+    assert len(store.asked_epoch_of) == 4
+    for asked, published in zip(store.asked_epoch_of, store.asked_to_publish, strict=True):
+        assert asked is published
 
 
 def test_a_registration_that_lost_the_race_is_judged_again_on_the_new_set(

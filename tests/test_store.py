@@ -336,7 +336,7 @@ def test_publishing_on_a_stale_parent_is_a_conflict(store: ModelStore) -> None:
     first = store.require_head()
     store.publish(with_task("birds", SHA), "")
     with pytest.raises(Conflict, match="revision 2 was published by another writer meanwhile"):
-        store.publish(with_task("cars", SHA), "", parent=first)
+        store.publish_after(first, {"cars": SHA}, None, "")
     assert dict(store.require_head().tasks) == {"birds": SHA}
 
 

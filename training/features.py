@@ -89,15 +89,22 @@ def extract_features(
     Unreadable pictures are listed and left out; more than `max_corrupt_fraction` of them raises
     InvalidDataset.
     """
-    (features,) = extract_each(
-        [hash_source(source, num_threads)],
-        backbone,
-        cache,
-        max_corrupt_fraction=max_corrupt_fraction,
-        limits=limits,
-        num_threads=num_threads,
-        show_progress=show_progress,
+    return the_only(
+        extract_each(
+            [hash_source(source, num_threads)],
+            backbone,
+            cache,
+            max_corrupt_fraction=max_corrupt_fraction,
+            limits=limits,
+            num_threads=num_threads,
+            show_progress=show_progress,
+        )
     )
+
+
+def the_only(found: Iterable[LabelledFeatures | InvalidDataset]) -> LabelledFeatures:
+    """The features of a single source that was asked for; raises its fault."""
+    (features,) = found
     if isinstance(features, InvalidDataset):
         raise features
     return features

@@ -18,9 +18,9 @@ from training.features import (
     HashedSource,
     LabelledFeatures,
     extract_each,
-    extract_features,
     extract_with,
     hash_source,
+    the_only,
 )
 from training.pictures import PictureSource
 
@@ -48,14 +48,7 @@ def load_features(
     source: PictureSource, backbone: Backbone, cache: Path, max_corrupt: float = DEFAULT_MAX_CORRUPT
 ) -> LabelledFeatures:
     """CLS features of a source, with a progress bar where a person watches."""
-    return extract_features(
-        source,
-        backbone,
-        _open_cache(cache, backbone),
-        max_corrupt_fraction=max_corrupt,
-        num_threads=num_threads(),
-        show_progress=err.is_terminal,
-    )
+    return the_only(load_features_of_each([load_hashes(source)], backbone, cache, max_corrupt))
 
 
 def load_features_of_each(
@@ -68,7 +61,7 @@ def load_features_of_each(
     return extract_each(
         sources,
         backbone,
-        _open_cache(cache, backbone),
+        FeatureCache(cache, backbone.fingerprint, backbone.variant, backbone.feature_dim),
         max_corrupt_fraction=max_corrupt,
         num_threads=num_threads(),
         show_progress=err.is_terminal,
@@ -108,7 +101,3 @@ def load_hashes(source: PictureSource) -> HashedSource:
 def num_threads() -> int:
     """How many cores there are to decode or to train on."""
     return os.cpu_count() or 1
-
-
-def _open_cache(folder: Path, backbone: Backbone) -> FeatureCache:
-    return FeatureCache(folder, backbone.fingerprint, backbone.variant, backbone.feature_dim)

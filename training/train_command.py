@@ -28,7 +28,7 @@ from model_store.luca import FLOWS
 from model_store.ray_session import ray_session, room_for_workers
 from model_store.store import ModelStore
 from training.destinations import Destination, FolderDestination, StoreDestination, write_file
-from training.features import HashedSource, LabelledFeatures
+from training.features import HashedSource, LabelledFeatures, the_only
 from training.loading import (
     DEFAULT_CACHE,
     DEFAULT_MAX_CORRUPT,
@@ -153,9 +153,7 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
     source = open_source(plan.data, min_images_per_class=plan.min_images)
     check_names(plan.task, source.labels, plan.label_space)
     backbone = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
-    (features,) = _features_of_each(run, iter([load_hashes(source)]))
-    if isinstance(features, InvalidDataset):
-        raise features
+    features = the_only(_features_of_each(run, iter([load_hashes(source)])))
     _print_skipped(features.skipped)
     started = time.monotonic()
     trained = train_task(

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import QueryParams
 
 from service.routes.state import RevisionNumber, admitted, get_state
-from service.schemas import PredictQuery
+from service.schemas.predict import PredictQuery
 
 _REVISION_NUMBER: TypeAdapter[int] = TypeAdapter(RevisionNumber)
 _NO_QUERY = PredictQuery.model_validate({})

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request
 from service.feedback import Truth, is_right
 from service.payloads import read_feedback
 from service.routes.state import Predicting, State, problems
-from service.schemas import FeedbackOut, FeedbackRequest
+from service.schemas.feedback import FeedbackOut, FeedbackRequest
 
 router = APIRouter(tags=["feedback"])
 _BODY = {

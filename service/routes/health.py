@@ -4,7 +4,7 @@ from fastapi import APIRouter
 
 from service.errors import EngineStopped, ShuttingDown
 from service.routes.state import State, health_problems
-from service.schemas import Live, Ready
+from service.schemas.health import Live, Ready
 
 router = APIRouter(prefix="/health", tags=["health"])
 

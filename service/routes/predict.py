@@ -11,7 +11,7 @@ from service.payloads import decode_base64, read_cls, read_pictures
 from service.prediction import Inquiry, Wishes
 from service.routes.direct import DirectRoute
 from service.routes.state import Predicting, State, problems
-from service.schemas import PredictQuery, PredictRequest, PredictResponse
+from service.schemas.predict import PredictQuery, PredictRequest, PredictResponse
 
 router = APIRouter(tags=["predict"], route_class=DirectRoute)
 

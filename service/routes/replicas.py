@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from service.routes.state import Reading, State, problems
-from service.schemas import ReplicaOut
+from service.schemas.replicas import ReplicaOut
 
 router = APIRouter(tags=["replicas"])
 

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Path, Query, Response
 
 from service.routes.state import Administering, State, problems
 from service.routes.waiting import Waiting
-from service.schemas import ChangeOut, RevisionOut
+from service.schemas.changes import ChangeOut
+from service.schemas.revisions import RevisionOut
 
 router = APIRouter(prefix="/revisions", tags=["revisions"])
 

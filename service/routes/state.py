@@ -17,7 +17,7 @@ from service.open_inference.repository import ModelRepository
 from service.registry import TaskRegistry
 from service.replicas import Replicas
 from service.request_context import current_request
-from service.schemas import ProblemOut
+from service.schemas.problem import ProblemOut
 from service.settings import Settings
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, as `tosca keys create` shows it once.")

@@ -8,7 +8,8 @@ from model_store.revision_reader import ActiveSet
 from service.payloads import read_module_body, read_signature
 from service.routes.state import Administering, Reading, State, problems
 from service.routes.waiting import Waiting
-from service.schemas import ChangeOut, StoredModule, TaskOut, TasksOut
+from service.schemas.changes import ChangeOut
+from service.schemas.tasks import StoredModule, TaskOut, TasksOut
 
 router = APIRouter(prefix="/tasks", tags=["tasks"])
 admin_router = APIRouter(prefix="/tasks", tags=["tasks"])

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from service.routes.state import Reading, State, problems
-from service.schemas import TrafficOut
+from service.schemas.traffic import TrafficOut
 
 router = APIRouter(tags=["traffic"])
 

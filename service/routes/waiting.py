@@ -11,7 +11,8 @@ from model_store.publishing import Outcome
 from service.admission import deadline_s
 from service.replicas import Replicas
 from service.routes.state import State
-from service.schemas import ChangeOut, StandingOut
+from service.schemas.changes import ChangeOut
+from service.schemas.replicas import StandingOut
 
 
 @dataclass(frozen=True, slots=True)
