@@ -13,6 +13,7 @@ NAMES = {
     "tosca": "TOSCA Serving",
     "plain_fastapi": "plain FastAPI",
     "lit_serve": "LitServe",
+    "lit_serve_workers": "LitServe, a worker a core",
     "ray_serve": "Ray Serve",
     "bento_ml": "BentoML",
 }

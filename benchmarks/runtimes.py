@@ -1,5 +1,6 @@
 """Every runtime of the default backbone: images per second and latency by batch size, the ratio to torch in
-float32, and the parity of its answers on real pictures. TOSCA_BENCH_ROUNDS sets the timed passes (7).
+float32, and the parity of its answers on real pictures; and the passes of the chosen one side by side.
+TOSCA_BENCH_ROUNDS sets the timed passes (7).
 
 The passes of each runtime alternate with passes of torch in float32, and ratios are medians of the pairs.
 Parity is measured on the demo's test pictures, by the demo's tasks.
@@ -33,7 +34,7 @@ def main() -> None:
     pictures = read_labelled(folders, artefact.manifest.preprocessing, MAX_PICTURES)
     plan = Plan(batch_sizes=BATCH_SIZES, num_rounds=ROUNDS)
     tuned = tune(artefact, pictures, plan, bank=Publisher(store).active.bank, on_measured=report)
-    print_measurements(tuned.tuning.table)
+    print_measurements(tuned.tuning)
     result = {
         "backbone": artefact.manifest.architecture,
         "machine": about,

@@ -1,10 +1,11 @@
 """This service against a plain FastAPI handler, LitServe, Ray Serve and BentoML: throughput and latency.
 
 All have the same backbone in the same runtime and precision, the same bank, decoding, threads and pictures,
-one after another in every round. Load comes from a second process, in closed loops of 1 and 64 clients and
-an open loop at 70 % of what both this service and the best peer can do. The limit is the backbone alone at
-its best batch in one process. No picture repeats, and this service's CLS cache is off, so every answer
-costs a pass.
+one after another in every round; LitServe runs twice, with one worker of all threads and a worker a thread.
+Load comes from a second process, in closed loops of 1 and 64 clients and an open loop at 70 % of what both
+this service and the best peer can do. The limit is the backbone alone at its best batch in one process: with
+one pass at a time, and with as many side by side as tuning found best. No picture repeats, and this
+service's CLS cache is off, so every answer costs a pass.
 
 TOSCA_BENCH_SECONDS sets the seconds of a measurement (20), TOSCA_BENCH_ROUNDS the rounds (3), and
 TOSCA_BENCH_SCENARIOS which scenarios run, by the beginning of their names (ViT-B/16, ViT-Tiny).
@@ -33,9 +34,8 @@ from benchmarks.decoding import large_jpeg, photographs_at_hand
 from benchmarks.machine import machine
 from model_store.backbone_loading import load_backbone
 from model_store.backbone_sources import from_timm
-from model_store.measuring import Plan, time_pass, tune
+from model_store.measuring import Plan, time_side_by_side, tune
 from model_store.parity import read_labelled
-from model_store.runtimes.runtime import runtime_kind
 from model_store.store import ModelStore
 from training.trainer import train_task
 
@@ -56,7 +56,7 @@ TINY = "vit_tiny_patch16_224"
 SMALL = "ViT-B/16, 256-pixel JPEGs"
 LARGE = "ViT-B/16, 12-megapixel JPEGs"
 TINY_SMALL = "ViT-Tiny, 256-pixel JPEGs"
-SERVERS = ("tosca", "plain_fastapi", "lit_serve", "ray_serve", "bento_ml")
+SERVERS = ("tosca", "plain_fastapi", "lit_serve", "lit_serve_workers", "ray_serve", "bento_ml")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def tiny_store(folder: Path) -> str:
 
 
 def measure(scenario: Scenario, threads: int) -> dict[str, object]:
-    alone = backbone_alone(scenario.store, threads)
+    alone = backbone_alone(scenario.store, threads, num_streams=1)
+    side_by_side = backbone_alone(scenario.store, threads, num_streams=0)
     closed: dict[str, dict[str, list[dict[str, float]]]] = {
         server: {str(clients): [] for clients in CLIENTS} for server in SERVERS
     }
@@ -156,7 +157,9 @@ def measure(scenario: Scenario, threads: int) -> dict[str, object]:
     summary = {
         "backbone_alone_images_per_s": alone["images_per_s"],
         "saturated_images_per_s": saturated,
+        "backbone_side_by_side_images_per_s": side_by_side["images_per_s"],
         "saturated_over_alone": saturated["tosca"] / alone["images_per_s"],
+        "saturated_over_side_by_side": saturated["tosca"] / side_by_side["images_per_s"],
         "saturated_over_best_peer": saturated["tosca"] / max(saturated[one] for one in peers),
         "open_loop_images_per_s": rate,
         "open_loop_p99_ms": p99,
@@ -164,7 +167,13 @@ def measure(scenario: Scenario, threads: int) -> dict[str, object]:
         "p99_over_best_peer": p99["tosca"] / min(p99[one] for one in whole),
         "one_client_p50_ms": {one: median(closed[one]["1"], "p50_ms") for one in SERVERS},
     }
-    return {"summary": summary, "alone": alone, "closed_loop": closed, "open_loop": opened}
+    return {
+        "summary": summary,
+        "alone": alone,
+        "side_by_side": side_by_side,
+        "closed_loop": closed,
+        "open_loop": opened,
+    }
 
 
 def check(server: str, result: dict[str, float]) -> None:
@@ -173,23 +182,23 @@ def check(server: str, result: dict[str, float]) -> None:
     assert server != "tosca" or result["num_failed"] == 0, f"{result['num_failed']} requests failed"
 
 
-def backbone_alone(store: str, threads: int) -> dict[str, float]:
-    """Images per second of the backbone on decoded pixels, at the best of the batch sizes."""
+def backbone_alone(store: str, threads: int, num_streams: int) -> dict[str, float | str]:
+    """Images per second of the backbone on decoded pixels, at the best of the batch sizes, with so many
+    passes side by side (0: as many as tuning found best)."""
     torch.set_num_threads(threads)
-    backbone = load_backbone(ModelStore(store), num_threads=threads)
+    backbone = load_backbone(ModelStore(store), num_threads=threads, num_streams=num_streams)
     side = backbone.preprocessing.height
     best: dict[str, float] = {"images_per_s": 0.0}
     for batch_size in (1, 2, 4, 8, 16):
         pixels = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
-        time_pass(backbone, pixels)
+        time_side_by_side(backbone, pixels)
         passes, started = [], time.perf_counter()
         while time.perf_counter() - started < SECONDS / 5:
-            passes.append(time_pass(backbone, pixels))
-        images_per_s = batch_size / statistics.median(passes)
+            passes.append(time_side_by_side(backbone, pixels))
+        images_per_s = backbone.num_streams * batch_size / statistics.median(passes)
         if images_per_s > best["images_per_s"]:
             best = {"images_per_s": images_per_s, "batch_size": batch_size}
-    kind = runtime_kind(backbone.runtime_name)
-    return best | {"runtime": kind.name}  # type: ignore[dict-item]
+    return best | {"streams": backbone.num_streams, "runtime": backbone.runtime_name}
 
 
 # -- servers and load --------------------------------------------------------------------------------
@@ -221,6 +230,8 @@ def running(server: str, scenario: Scenario, threads: int) -> Iterator[str]:
         python = sys.executable if server == "plain_fastapi" else str(PEERS)
         options = ["--store", scenario.store, "--port", str(port), "--threads", str(threads)]
         options += ["--max-batch-size", str(MAX_BATCH_SIZE)]
+        if server == "lit_serve_workers":
+            server, options = "lit_serve", [*options, "--workers", str(threads)]
         command = [python, "-m", f"benchmarks.peers.{server}", *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

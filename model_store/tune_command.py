@@ -21,7 +21,7 @@ from model_store.parity import read_labelled
 from model_store.publishing import Publisher
 from model_store.runtimes.runtime import RUNTIMES
 from model_store.store import ModelStore
-from model_store.tuning import Measurement
+from model_store.tuning import Tuning
 
 
 def backbone_tune(
@@ -67,12 +67,13 @@ def backbone_tune(
     if json:
         print_json(tuned.tuning.model_dump(mode="json"))
         return
-    print_measurements(tuned.tuning.table)
+    print_measurements(tuned.tuning)
     out.print(f"{tuned.tuning.chosen} is now the runtime of this backbone on {tuned.tuning.hardware}")
 
 
-def print_measurements(table: tuple[Measurement, ...]) -> None:
-    """The speed and parity of every runtime, for people."""
+def print_measurements(tuning: Tuning) -> None:
+    """The speed and parity of every runtime, and the speed of the chosen one by streams, for people."""
+    table = tuning.table
     print_table(
         ["runtime", "images/s", "× float32", "mean cosine", "worst", "task flips", "accuracy"],
         (
@@ -97,6 +98,12 @@ def print_measurements(table: tuple[Measurement, ...]) -> None:
     for one in table:
         if one.refused is not None:
             out.print(f"{one.runtime} is refused: {one.refused}")
+    for streams in tuning.streams:
+        lone_ms = streams.latency_ms[min(streams.latency_ms)]
+        out.print(
+            f"{streams.num_streams} at a time: {streams.best_images_per_s:.1f} images/s, "
+            f"{lone_ms:.1f} ms for a picture"
+        )
 
 
 def _require(tuned: Tuned) -> None:

@@ -173,7 +173,7 @@ def _tune_once(store: ModelStore, pictures: dict[str, Path], device: str) -> Non
     plan = Plan(_TUNING_RUNTIMES, device, (_TUNING_BATCH_SIZE,), _TUNING_ROUNDS)
     tuned = tune(artefact, labelled, plan)
     store.put_tuning(tuned.tuning, tuned.export)
-    print_measurements(tuned.tuning.table)
+    print_measurements(tuned.tuning)
 
 
 def _test_part(source: PictureSource) -> PictureSource:

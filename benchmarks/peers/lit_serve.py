@@ -1,4 +1,4 @@
-"""LitServe with its dynamic batching: one worker process owns the backbone, pictures are decoded in it.
+"""LitServe with its dynamic batching: worker processes have a backbone each, pictures are decoded in them.
 
 Example: python -m benchmarks.peers.lit_serve --store .tosca/store --port 9000 --threads 2
 """
@@ -26,8 +26,9 @@ class TaskAnswers(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:  # noqa: ARG002  (named by LitServe)
         arguments = self._arguments
-        self._answering = Answering(arguments.store, arguments.threads, arguments.max_batch_size)
-        self._decoders = ThreadPoolExecutor(arguments.threads)
+        threads = arguments.threads // arguments.workers
+        self._answering = Answering(arguments.store, threads, arguments.max_batch_size)
+        self._decoders = ThreadPoolExecutor(threads)
 
     def decode_request(self, request: RawBody) -> bytes:
         return request
@@ -47,5 +48,7 @@ class TaskAnswers(litserve.LitAPI):  # type: ignore[misc]
 
 if __name__ == "__main__":
     given = parse()
-    server = litserve.LitServer(TaskAnswers(given), accelerator="cpu", workers_per_device=1, timeout=120)
+    server = litserve.LitServer(
+        TaskAnswers(given), accelerator="cpu", workers_per_device=given.workers, timeout=120
+    )
     server.run(port=given.port, generate_client_file=False, log_level="warning")
