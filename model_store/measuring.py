@@ -36,7 +36,7 @@ from model_store.tuning import Gate, Measurement, StreamsMeasurement, Tuning, fa
 
 NUM_CALIBRATION = 32
 _PARITY_BATCH = 16
-_STREAM_BATCH_SIZES = (1, 4)
+_STREAM_BATCH_SIZES = (1, 8)
 _PASSES_SIDE_BY_SIDE = 3
 
 

@@ -99,10 +99,11 @@ def print_measurements(tuning: Tuning) -> None:
         if one.refused is not None:
             out.print(f"{one.runtime} is refused: {one.refused}")
     for streams in tuning.streams:
-        lone_ms = streams.latency_ms[min(streams.latency_ms)]
+        lone, full = min(streams.images_per_s), max(streams.images_per_s)
         out.print(
-            f"{streams.num_streams} at a time: {streams.best_images_per_s:.1f} images/s, "
-            f"{lone_ms:.1f} ms for a picture"
+            f"{streams.num_streams} at a time: {streams.images_per_s[lone]:.1f} images/s, "
+            f"{streams.images_per_s[full]:.1f} in batches of {full}; "
+            f"{streams.latency_ms[lone]:.1f} ms for a picture"
         )
 
 

@@ -50,7 +50,7 @@ class Batch:
     """What one pass is about."""
 
     entries: list[Waiting]
-    is_whole: bool  # the pass has the whole device and not a stream of it
+    stream: int | None  # None: the pass has the whole device
     began_at: float
 
 
@@ -71,7 +71,8 @@ class DeviceQueue:
         self._max_wait_s = max_wait_s
         self._clock = clock
         self._waiting: deque[Waiting] = deque()
-        self._running: set[Batch] = set()
+        self._on_device: set[Batch] = set()
+        self._unfinished: set[Batch] = set()
         self._crowded_at = -float("inf")  # when a picture last found another one in the house
         self._closed = False
         self._changed = threading.Condition()
@@ -82,14 +83,14 @@ class DeviceQueue:
 
     def put(self, entries: Sequence[Waiting]) -> None:
         with self._changed:
-            if len(entries) > 1 or self._waiting or self._running:
+            if len(entries) > 1 or self._waiting or self._on_device:
                 self._crowded_at = self._clock()
             self._waiting.extend(entries)
             self._changed.notify(len(entries))
 
-    def take(self) -> Batch | None:
-        """The next batch, once there is one and a place on the device for it; None when the queue is closed
-        and everything was taken. Every batch has an end: `finish`."""
+    def take(self, stream: int) -> Batch | None:
+        """The next batch for a stream, once there is one and a place on the device for it; None when the
+        queue is closed and everything was taken. What is taken leaves the device, and is finished."""
         with self._changed:
             self._changed.wait_for(self._may_begin)
             if self._max_wait_s and len(self._waiting) < self._max_batch_size:
@@ -101,15 +102,25 @@ class DeviceQueue:
             is_whole = self._num_streams == 1 or self._is_alone(now)
             share = -(-len(self._waiting) // self._parts)
             entries = [self._waiting.popleft() for _ in range(min(share, self._max_batch_size))]
-            batch = Batch(entries, is_whole, now)
-            self._running.add(batch)
+            batch = Batch(entries, None if is_whole else stream, now)
+            self._on_device.add(batch)
+            self._unfinished.add(batch)
             return batch
 
-    def finish(self, batch: Batch) -> None:
+    def leave_device(self, batch: Batch) -> None:
+        """Its pass is over, and answers are given: others may have its place. Once or more often."""
         with self._changed:
-            self._running.remove(batch)
-            if batch.is_whole:
+            if batch not in self._on_device:
+                return
+            self._on_device.remove(batch)
+            if batch.stream is None:
                 self._changed.notify_all()
+
+    def finish(self, batch: Batch) -> None:
+        """Whatever became of it, it is over."""
+        self.leave_device(batch)
+        with self._changed:
+            self._unfinished.remove(batch)
 
     def close(self) -> None:
         """Let what is waiting be taken, and then end those who ask for more."""
@@ -126,18 +137,18 @@ class DeviceQueue:
 
     @property
     def longest_running_s(self) -> float:
-        """For how long the oldest pass has been running; 0 while the device is idle."""
+        """For how long the oldest batch has not been finished; 0 where there is none."""
         with self._changed:
             now = self._clock()
-            return max((now - one.began_at for one in self._running), default=0.0)
+            return max((now - one.began_at for one in self._unfinished), default=0.0)
 
     def _may_begin(self) -> bool:
         if self._waiting:
-            return not any(one.is_whole for one in self._running)
+            return not any(one.stream is None for one in self._on_device)
         return self._closed
 
     def _is_full(self) -> bool:
         return len(self._waiting) >= self._max_batch_size or self._closed
 
     def _is_alone(self, now: float) -> bool:
-        return len(self._waiting) == 1 and not self._running and now - self._crowded_at > ALONE_FOR_S
+        return len(self._waiting) == 1 and not self._on_device and now - self._crowded_at > ALONE_FOR_S

@@ -111,9 +111,9 @@ class Inference:
         batch: Batch | None = None
         try:
             torch.set_num_threads(self._num_compute_threads)  # whatever other threads have set for themselves
-            while (batch := self._queue.take()) is not None:
+            while (batch := self._queue.take(stream)) is not None:
                 try:
-                    self._execute(batch.entries, None if batch.is_whole else stream)
+                    self._execute(batch)
                 finally:
                     self._queue.finish(batch)
         except BaseException:  # nobody is left to see it: delivered to the waiters, and to is_alive
@@ -127,10 +127,10 @@ class Inference:
             if not entry.future.done():
                 entry.future.set_exception(EngineStopped("an inference thread has died"))
 
-    def _execute(self, batch: list[Waiting], stream: int | None) -> None:
+    def _execute(self, batch: Batch) -> None:
         started = time.monotonic()
         live = []
-        for entry in batch:
+        for entry in batch.entries:
             if not entry.future.set_running_or_notify_cancel():
                 continue  # its client left
             if entry.deadline < started:
@@ -138,20 +138,22 @@ class Inference:
                 continue
             live.append(entry)
         if live:
-            self._pass(live, stream)
+            self._pass(live, batch)
 
-    def _pass(self, live: list[Waiting], stream: int | None) -> None:
-        """One pass of the backbone, and the answers. A pass that fails is taken again in parts: in halves
-        when the device is out of memory, else one by one, so that only the guilty picture fails."""
+    def _pass(self, live: list[Waiting], batch: Batch) -> None:
+        """One pass of the backbone over what is left of a batch, and the answers. A pass that fails is taken
+        again in parts: in halves when the device is out of memory, else one by one, so that only the guilty
+        picture fails."""
         started = time.monotonic()
         try:
-            cls_BD = self._embed(live, stream)
+            cls_BD = self._embed(live, batch.stream)
         except torch.OutOfMemoryError as error:
             size = -(-len(live) // 2)
             fault: Exception = DeviceOutOfMemory(f"the device is out of memory: {error}", self._drain_s())
         except Exception as error:  # delivered to the waiters
             size, fault = 1, error
         else:
+            self._queue.leave_device(batch)
             self._answer_pass(live, cls_BD, started)
             return
         if len(live) == 1:
@@ -159,7 +161,7 @@ class Inference:
             return
         # Outside the handlers, whose tracebacks hold the tensors of the failed pass.
         for start in range(0, len(live), size):
-            self._pass(live[start : start + size], stream)
+            self._pass(live[start : start + size], batch)
 
     def _answer_pass(self, live: list[Waiting], cls_BD: Tensor, started: float) -> None:
         backbone = Interval(started, time.monotonic())

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from service.device_queue import ALONE_FOR_S, DeviceQueue, Waiting
+from service.device_queue import ALONE_FOR_S, Batch, DeviceQueue, Waiting
 from service.questions import Question
 
 FAR = 60.0
@@ -32,11 +32,16 @@ def keys(entries: list[Waiting]) -> list[int]:
 
 def taken(queue: DeviceQueue) -> list[int]:
     """The next batch, whose pass ends at once if it has the whole device."""
-    batch = queue.take()
-    assert batch is not None
-    if batch.is_whole:
+    batch = take(queue)
+    if batch.stream is None:
         queue.finish(batch)
     return keys(batch.entries)
+
+
+def take(queue: DeviceQueue) -> Batch:
+    batch = queue.take(stream=1)
+    assert batch is not None
+    return batch
 
 
 def test_one_stream_takes_all_that_fits_a_pass() -> None:
@@ -67,7 +72,7 @@ def test_every_picture_is_taken_once_and_in_the_order_in_which_it_came() -> None
     def stream() -> None:
         while True:
             with lock:  # so that batches are noted in the order in which they were taken
-                if (batch := queue.take()) is None:
+                if (batch := queue.take(stream=1)) is None:
                     return
                 seen.extend(keys(batch.entries))
             queue.finish(batch)
@@ -89,8 +94,7 @@ def test_every_picture_is_taken_once_and_in_the_order_in_which_it_came() -> None
 def test_a_picture_that_is_alone_has_the_whole_device() -> None:
     queue = DeviceQueue(2, max_batch_size=4, max_wait_s=0.0)
     queue.put(pictures(1))
-    batch = queue.take()
-    assert batch is not None and batch.is_whole
+    assert take(queue).stream is None
 
 
 @pytest.mark.parametrize(("seconds", "is_whole"), [(0.9 * ALONE_FOR_S, False), (1.1 * ALONE_FOR_S, True)])
@@ -101,36 +105,42 @@ def test_after_pictures_came_together_the_next_ones_have_streams_for_a_while(
     queue = DeviceQueue(2, max_batch_size=4, max_wait_s=0.0, clock=clock)
     queue.put(pictures(2))
     for _ in range(2):
-        batch = queue.take()
-        assert batch is not None and not batch.is_whole
+        batch = take(queue)
+        assert batch.stream == 1
         queue.finish(batch)
     clock.now += seconds
     queue.put(pictures(1))
-    batch = queue.take()
-    assert batch is not None and batch.is_whole == is_whole
+    assert take(queue).stream == (None if is_whole else 1)
 
 
 def test_a_picture_beside_a_pass_has_a_stream() -> None:
     queue = DeviceQueue(2, max_batch_size=4, max_wait_s=0.0)
     queue.put(pictures(2))
-    first, second = queue.take(), queue.take()
-    assert first is not None and not first.is_whole
-    assert second is not None and not second.is_whole
+    assert [take(queue).stream, take(queue).stream] == [1, 1]
 
 
 def test_nothing_begins_beside_a_pass_of_the_whole_device() -> None:
     queue = DeviceQueue(2, max_batch_size=4, max_wait_s=0.0)
     queue.put(pictures(1))
-    whole = queue.take()
-    assert whole is not None and whole.is_whole
+    whole = take(queue)
+    assert whole.stream is None
     queue.put(pictures(3))
     with ThreadPoolExecutor(1) as pool:
-        later = pool.submit(queue.take)
+        later = pool.submit(take, queue)
         with pytest.raises(TimeoutError):
             later.result(0.05)
-        queue.finish(whole)
-        batch = later.result(FAR)
-    assert batch is not None and not batch.is_whole
+        queue.leave_device(whole)  # its answers are still to be given
+        assert later.result(FAR).stream == 1
+    queue.finish(whole)
+
+
+def test_a_client_that_asks_again_while_its_answer_is_given_still_comes_alone() -> None:
+    queue = DeviceQueue(2, max_batch_size=4, max_wait_s=0.0)
+    queue.put(pictures(1))
+    answering = take(queue)
+    queue.leave_device(answering)
+    queue.put(pictures(1))
+    assert take(queue).stream is None
 
 
 # -- waiting for a batch, and the end ----------------------------------------------------------------
@@ -149,7 +159,7 @@ def test_a_closed_queue_is_emptied_and_then_ends_its_streams() -> None:
     queue = DeviceQueue(2, max_batch_size=4, max_wait_s=FAR)
     queue.put(pictures(2))
     queue.close()
-    assert [taken(queue), taken(queue), queue.take()] == [[0], [1], None]
+    assert [taken(queue), taken(queue), queue.take(stream=1)] == [[0], [1], None]
 
 
 def test_what_is_cleared_is_not_taken() -> None:
@@ -157,17 +167,18 @@ def test_what_is_cleared_is_not_taken() -> None:
     queue.put(pictures(3))
     assert keys(queue.clear()) == [0, 1, 2]
     queue.close()
-    assert queue.take() is None
+    assert queue.take(stream=1) is None
 
 
-def test_the_oldest_pass_tells_whether_the_device_hangs() -> None:
+def test_the_oldest_batch_tells_whether_the_device_hangs() -> None:
     clock = Clock()
     queue = DeviceQueue(2, max_batch_size=1, max_wait_s=0.0, clock=clock)
     queue.put(pictures(2))
-    first = queue.take()
+    first = take(queue)
     clock.now += 3.0
-    assert queue.take() is not None and first is not None
+    take(queue)
     clock.now += 1.0
+    queue.leave_device(first)
     assert queue.longest_running_s == 4.0
     queue.finish(first)
     assert queue.longest_running_s == 1.0
