@@ -73,7 +73,7 @@ class DecodePool:
             if not entry.future.cancelled():
                 self._decode(entry, picture)
         except Exception as error:  # of whatever kind, it is this picture's
-            fault = error
+            fault = _without_frames(error) if isinstance(error, ToscaError) else error
         request.tell_ready(place, fault)
 
     def _decode(self, entry: Waiting, picture: bytes | Tensor) -> None:
@@ -105,6 +105,13 @@ class DecodePool:
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
 
+def _without_frames(fault: ToscaError) -> ToscaError:
+    """A fault of a picture without the frames that it came from. They hold the picture, and the future that
+    the fault is for: a circle of megabytes, which would wait for the garbage collector."""
+    fault.__cause__ = fault.__context__ = None
+    return fault.with_traceback(None)
+
+
 class _Request:
     """The pictures of one request; the thread that has the last of them ready sends them on together."""
 
@@ -134,9 +141,7 @@ class _Request:
         place = min(self._faults)
         fault = self._faults[place]
         if isinstance(fault, ToscaError) and len(self.entries) > 1:
-            named = type(fault)(f"picture {place}: {fault}")
-            named.__cause__ = fault
-            fault = named
+            fault = type(fault)(f"picture {place}: {fault}")
         for entry in self.entries:
             if entry.future.set_running_or_notify_cancel():
                 entry.future.set_exception(fault)
