@@ -45,7 +45,7 @@ def load_backbone(
             )
         export = store.export(fingerprint, measured.export_sha256)
     num_threads = num_threads or torch.get_num_threads()
-    if num_streams == 0 and tuning is not None and tuning.chosen == name:
+    if num_streams == 0 and tuning is not None:
         num_streams = tuning.streams_on(num_threads)
     return Backbone.load(
         store.backbone(fingerprint),

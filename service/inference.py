@@ -119,7 +119,6 @@ class Inference:
         except BaseException:  # nobody is left to see it: delivered to the waiters, and to is_alive
             log.critical("an inference thread has died", exc_info=True)
             self.has_died = True
-            self._queue.close()
             self._fail_waiting(batch.entries if batch else [])
 
     def _fail_waiting(self, batch: Sequence[Waiting] = ()) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidImage, UnknownTask
 from model_store.module_file import read_module
+from model_store.preprocess import to_pixels
 from service.engine import Engine
 from service.errors import DeadlineExceeded, EngineStopped, Overloaded, ShuttingDown
 from service.questions import Question
@@ -201,6 +203,36 @@ async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
         assert waiting.pixels.numel() == 0
 
 
+async def test_a_picture_given_up_amid_its_decoding_never_waits_for_the_device(
+    backbone: GatedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Tensor:
+        inside.set()
+        assert go_on.wait(60.0)
+        return to_pixels(*given)
+
+    with Engine(backbone, settings(decode_threads=1)) as engine:
+        start(engine)
+        backbone.gate.clear()
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await entered(backbone)
+        monkeypatch.setattr("model_store.preprocess.to_pixels", slow)
+        gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
+        await asyncio.to_thread(inside.wait, 60.0)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        go_on.set()
+        await asyncio.wrap_future(
+            engine._decoders._threads.submit(lambda: None)
+        )  # its only thread is through
+        assert engine.num_queued == 0
+        backbone.gate.set()
+        await first
+
+
 async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:
     with Engine(backbone, settings()) as engine:
         with pytest.raises(InvalidImage, match="picture 1"):
@@ -318,6 +350,28 @@ async def test_a_picture_that_comes_alone_has_the_whole_device(
         streamed.streams.clear()
         await engine.answer([picture(1)], Question(bank))
     assert streamed.streams == [None]
+
+
+async def test_answers_are_given_beside_the_next_pass(streamed: StreamedBackbone, bank: ModuleBank) -> None:
+    go_on = threading.Event()
+
+    class SlowBank:
+        def __getattr__(self, name: str) -> object:
+            return getattr(bank, name)
+
+        def answer(self, *args: object, **kwargs: object) -> object:
+            assert go_on.wait(60.0)
+            return bank.answer(*args, **kwargs)
+
+    with Engine(streamed, settings()) as engine:
+        start(engine)
+        streamed.streams.clear()
+        slow = asyncio.create_task(engine.answer([picture(1)], Question(SlowBank())))
+        await entered(streamed)
+        assert await engine.answer([picture(2)], Question(bank))
+        assert not slow.done()
+        go_on.set()
+        await slow
 
 
 async def test_every_stream_is_warm_before_the_first_picture(streamed: StreamedBackbone) -> None:
