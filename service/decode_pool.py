@@ -135,7 +135,8 @@ class _Request:
         for entry in self.entries:
             if entry.known is not None and entry.future.set_running_or_notify_cancel():
                 entry.future.set_result(entry.known)
-        self._submit([one for one in self.entries if one.known is None and not one.future.cancelled()])
+        if wanted := [one for one in self.entries if one.known is None and not one.future.cancelled()]:
+            self._submit(wanted)
 
     def _refuse(self) -> None:
         place = min(self._faults)
