@@ -24,13 +24,7 @@ from model_store.bank import ModuleBank
 from model_store.errors import InvalidBackbone
 from model_store.parity import Answering, LabelledPixels, bank_answers, class_mean_answers, compare
 from model_store.runtimes.loading import make_export
-from model_store.runtimes.runtime import (
-    REFERENCE,
-    RUNTIMES,
-    ExportForm,
-    RuntimeKind,
-    runtime_kind,
-)
+from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.tuning import Gate, Measurement, StreamsMeasurement, Tuning, fastest, hardware_name
 

@@ -6,7 +6,7 @@ ToscaError
 │   │   └── DeviceOutOfMemory
 │   ├── TooManyRequests      one key has too many requests under way
 │   ├── ShuttingDown
-│   └── EngineStopped        the inference thread has died
+│   └── EngineStopped        an inference thread has died
 ├── DeadlineExceeded         not answered in time
 ├── BodyTimeout              the client sends its body too slowly
 ├── BodyTooLarge
