@@ -1,21 +1,18 @@
 """Bytes of a picture to upright sRGB pixels, as a person would see them and within bounds.
 
-The same steps in training and in serving. `DECODING` numbers them; it is part of the preprocessing and so
-of the backbone's fingerprint, because another way of decoding gives other CLS vectors.
+The same steps in training and in serving. `preprocess.DECODING` numbers them; it is part of the preprocessing
+and so of the backbone's fingerprint, because another way of decoding gives other CLS vectors.
 """
 
 import io
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
 
-# Raise it with every change of the pixels below. 1 decoded JPEGs at full size and took all colours for sRGB.
-DECODING: Literal[2] = 2
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _WHITE = (255, 255, 255, 255)

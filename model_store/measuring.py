@@ -23,6 +23,7 @@ from model_store.backbone import Backbone, BackboneArtefact, resolve_device
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidBackbone
 from model_store.parity import Answering, LabelledPixels, bank_answers, class_mean_answers, compare
+from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
 from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
 from model_store.runtimes.torch_runtime import Embedding
@@ -145,7 +146,7 @@ class _Exports:
             from model_store.runtimes.onnx_export import export_float
 
             preprocessing = self._artefact.manifest.preprocessing
-            embedding = Embedding(self._artefact.model(), preprocessing)
+            embedding = Embedding(for_cls_alone(self._artefact.model()), preprocessing)
             self._made["float"] = export_float(embedding, (preprocessing.height, preprocessing.width))
         return self._made["float"]
 

@@ -11,12 +11,20 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from model_store.decoding import DECODING, ImageLimits, OpenedImage, open_image
+from model_store.decoding import ImageLimits, OpenedImage, open_image
 from model_store.errors import ImageTooLarge
+
+Decoding = Literal[2, 3]
+# Numbers the way from bytes to pixels, here and in `decoding`: raise it with every change of the pixels. What
+# was stored with an earlier one is decoded as it was. 1 decoded JPEGs at full size and took all colours for
+# sRGB; 2 resizes with Pillow, 3 with torch (docs/decisions/0009-resizing.md).
+DECODING: Decoding = 3
 
 _RESAMPLING = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -26,7 +34,9 @@ _RESAMPLING = {
 # A JPEG reduced inside its decoder keeps at least so many times the pixels that resizing leaves of a side
 # (docs/decisions/0002-reduced-decoding.md has the cosines that chose it).
 REDUCING_GAP = 2
-_RGB_BYTES = 4  # of a pixel, as Pillow keeps it
+# Most bytes that a pixel takes in resizing, with every copy that is held at once (tests/test_decoding.py
+# measures them): as it is given, resized in width, in both, and cropped.
+_GIVEN_BYTES, _NARROWED_BYTES, _RESIZED_BYTES, _CROPPED_BYTES = 10, 4, 7, 13
 
 
 class Preprocessing(BaseModel):
@@ -40,7 +50,7 @@ class Preprocessing(BaseModel):
     interpolation: Literal["bilinear", "bicubic", "lanczos"]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    decoding: Literal[2] = DECODING
+    decoding: Decoding = DECODING
 
     @property
     def pixels_bytes(self) -> int:
@@ -61,14 +71,27 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
             f"image of {image.width}×{image.height} pixels is too elongated: resized to {size[0]}×{size[1]}, "
             f"it exceeds the limit of {limits.max_pixels} pixels"
         )
-    if image.size != size:
-        image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
-    top = round((image.height - preprocessing.height) / 2.0)
-    left = round((image.width - preprocessing.width) / 2.0)
-    crop = image.crop((left, top, left + preprocessing.width, top + preprocessing.height))
+    top = round((size[1] - preprocessing.height) / 2.0)
+    left = round((size[0] - preprocessing.width) / 2.0)
+    bottom, right = top + preprocessing.height, left + preprocessing.width
+    if image.size != size and preprocessing.decoding > 2:
+        crop_CHW = _resized_by_torch(image, size, preprocessing)[:, top:bottom, left:right]
+    else:
+        if image.size != size:
+            image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
+        crop_CHW = np.asarray(image.crop((left, top, right, bottom))).transpose(2, 0, 1)
     # NumPy copies on this thread. torch would share so small a copy among threads, which then wait for each
     # other while the processors are busy: milliseconds instead of microseconds (docs/experiments.md).
-    return torch.from_numpy(np.array(np.asarray(crop).transpose(2, 0, 1), order="C"))
+    return torch.from_numpy(np.array(crop_CHW, order="C"))
+
+
+def _resized_by_torch(
+    image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """[3, H, W] pixels of the whole picture at a width and height."""
+    given_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    mode, shape = preprocessing.interpolation, (size[1], size[0])
+    return interpolate(given_1CHW, size=shape, mode=mode, antialias=True)[0].numpy()
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
@@ -100,9 +123,13 @@ class OpenedPicture:
         return max(self.opened.peak_bytes, *(self._resizing_bytes(size) for size in upright))
 
     def _resizing_bytes(self, size: tuple[int, int]) -> int:
-        """The picture, the picture resized in width, and in both."""
         width, height = _resized_size(size, self.preprocessing)
-        return _RGB_BYTES * (size[0] * size[1] + width * size[1] + width * height)
+        return (
+            _GIVEN_BYTES * size[0] * size[1]
+            + _NARROWED_BYTES * width * size[1]
+            + _RESIZED_BYTES * width * height
+            + _CROPPED_BYTES * self.preprocessing.height * self.preprocessing.width
+        )
 
     def load(self) -> Tensor:
         """[3, H, W] uint8 pixels; to be called once. Raises ImageTooLarge and InvalidImage."""

@@ -1,14 +1,17 @@
-"""Decode the picture on standard input: prints the bytes its header promised and those it took.
+"""Decode the picture on standard input, and make pixels of it where a side and a decoding are given: prints the
+bytes that its header promised and those it took.
 
-python tests/peak_memory.py < picture.jpg
+python tests/peak_memory.py [224 3] < picture.jpg
 """
 
 import sys
 from pathlib import Path
 
+import torch
 from pictures import encoded, noise
 
-from model_store.decoding import ImageLimits, decode_image, open_image
+from model_store.decoding import ImageLimits, OpenedImage, open_image
+from model_store.preprocess import OpenedPicture, Preprocessing, open_picture
 
 STATUS = Path("/proc/self/status")
 
@@ -19,14 +22,33 @@ def resident_bytes(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
+def opened(data: bytes, given: list[str]) -> OpenedImage | OpenedPicture:
+    if not given:
+        return open_image(data, ImageLimits())
+    side, decoding = (int(one) for one in given)
+    wanted = {"height": side, "width": side, "crop_fraction": 0.9, "decoding": decoding}
+    preprocessing = Preprocessing.model_validate(
+        wanted | {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    )
+    return open_picture(data, preprocessing, ImageLimits())
+
+
+def work(picture: OpenedImage | OpenedPicture) -> None:
+    if isinstance(picture, OpenedImage):
+        picture.decode()
+    else:
+        picture.load()
+
+
 def main() -> None:
-    data = sys.stdin.buffer.read()
-    decode_image(encoded(noise(size=(16, 16))), ImageLimits())  # what the first picture loads is no picture's
+    data, given = sys.stdin.buffer.read(), sys.argv[1:]
+    torch.set_num_threads(1)  # as a thread of the decode pool
+    work(opened(encoded(noise(size=(16, 16))), given))  # what the first picture loads is no picture's
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
     before = resident_bytes("VmRSS")
-    opened = open_image(data, ImageLimits())
-    opened.decode()
-    print(opened.peak_bytes, resident_bytes("VmHWM") - before)
+    picture = opened(data, given)
+    work(picture)
+    print(picture.peak_bytes, resident_bytes("VmHWM") - before)
 
 
 if __name__ == "__main__":

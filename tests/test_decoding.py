@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from PIL import Image, ImageCms, ImageFilter, TiffImagePlugin
 
 from model_store.decoding import ImageLimits, decode_image
 from model_store.errors import ImageTooLarge
+from model_store.preprocess import Decoding
 
 LIMITS = ImageLimits()
 SIDE = 64
@@ -282,12 +284,25 @@ def patches(mode: str, size: tuple[int, int] = (2500, 2500)) -> Image.Image:
 def test_decoding_takes_no_more_memory_than_the_header_promises(
     mode: str, kind: str, options: dict[str, object]
 ) -> None:
-    script = Path(__file__).with_name("peak_memory.py")
-    done = subprocess.run(
-        [sys.executable, script],
-        input=encoded(patches(mode), kind, **options),
-        capture_output=True,
-        check=True,
-    )
-    promised, taken = (int(one) for one in done.stdout.split())
+    promised, taken = peak_bytes(encoded(patches(mode), kind, **options))
     assert 0.2 * promised < taken <= promised
+
+
+@pytest.mark.parametrize("decoding", get_args(Decoding))
+@pytest.mark.parametrize(
+    ("size", "side"), [((500, 500), 3600), ((50, 5000), 512), ((5000, 50), 512), ((3000, 2500), 2000)]
+)
+def test_resizing_takes_no_more_memory_than_the_header_promises(
+    size: tuple[int, int], side: int, decoding: int
+) -> None:
+    promised, taken = peak_bytes(encoded(patches("RGB", size)), side, decoding)
+    assert 0.2 * promised < taken <= promised
+
+
+def peak_bytes(data: bytes, *given: int) -> tuple[int, int]:
+    """What a picture's header promised and what it took, in a process of its own."""
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, script, *map(str, given)]
+    done = subprocess.run(command, input=data, capture_output=True, check=True)
+    promised, taken = (int(one) for one in done.stdout.split())
+    return promised, taken

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model_store.backbone import Backbone
+from model_store.compute_threads import use_one_compute_thread
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidImage
 from model_store.preprocess import load_pixels
@@ -69,7 +70,7 @@ class LocalEmbedding:
 
     def embed_ahead(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Embedded]]:
         ahead: deque[tuple[Batch, list[Future[tuple[str, Tensor | str]]]]] = deque()
-        with ThreadPoolExecutor(self._num_threads) as pool:
+        with ThreadPoolExecutor(self._num_threads, "decode", use_one_compute_thread) as pool:
             for batch in batches:
                 ahead.append((batch, [pool.submit(self._decode, item) for item in batch.items]))
                 if len(ahead) > _BATCHES_AHEAD:

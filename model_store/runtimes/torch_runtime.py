@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model_store.preprocess import Preprocessing
+from model_store.runtimes.cls_block import for_cls_alone
 
 _DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -113,9 +114,10 @@ class CudaGraphRuntime:
 def load_torch(
     model: nn.Module, preprocessing: Preprocessing, precision: str, device: torch.device
 ) -> TorchRuntime | CudaGraphRuntime:
-    """The model on its device: as graphs on CUDA, as it is elsewhere."""
-    embedding = Embedding(model, preprocessing, precision)
+    """The model on its device: on CUDA as graphs, for the CLS token alone; elsewhere as it is, since the
+    other runtimes are compared with it there."""
     if device.type == "cuda":
+        embedding = Embedding(for_cls_alone(model), preprocessing, precision)
         with torch.cuda.device(device):
             return CudaGraphRuntime(embedding, device, (preprocessing.height, preprocessing.width))
-    return TorchRuntime(embedding, device)
+    return TorchRuntime(Embedding(model, preprocessing, precision), device)

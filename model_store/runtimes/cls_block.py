@@ -1,0 +1,76 @@
+"""A ViT's last block computed for the CLS token alone.
+
+Nothing but the CLS token leaves the backbone, so in the last block every token is a key and a value, but
+only one asks; the block's other projections and its MLP are for that one token. That is nearly a whole block
+of work less, and the CLS vector is the same but for rounding (docs/decisions/0008-cls-only-last-block.md).
+"""
+# B batch, N tokens, Q tokens that ask (one), P key and value (2), D features, H heads, F features of a head
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from model_store.timm_import import load_timm
+
+
+class ClsBlock(nn.Module):
+    """[B, N, D] tokens to the [B, 1, D] CLS token that a timm `Block` makes of them."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        parts = cast(Any, block)  # timm's blocks have these attributes, of which torch's types know nothing
+        attention = parts.attn
+        self._head_shape: tuple[int, int] = (attention.num_heads, attention.head_dim)
+        self.query, self.key_value = _split(attention.qkv)
+        self.query_norm, self.key_norm = attention.q_norm, attention.k_norm
+        self.project = nn.Sequential(attention.norm, attention.proj, parts.ls1)
+        self.before_attention, self.before_mlp = parts.norm1, parts.norm2
+        self.mlp = nn.Sequential(parts.mlp, parts.ls2)
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        normed_BND = self.before_attention(tokens_BND)
+        query_BHQF = self.query(normed_BND[:, :1]).unflatten(2, self._head_shape).transpose(1, 2)
+        pairs_BNPHF = self.key_value(normed_BND).unflatten(2, (2, *self._head_shape))
+        key_BHNF, value_BHNF = pairs_BNPHF.permute(2, 0, 3, 1, 4).unbind(0)
+        seen_BHQF = scaled_dot_product_attention(
+            self.query_norm(query_BHQF), self.key_norm(key_BHNF), value_BHNF
+        )
+        cls_BQD = tokens_BND[:, :1] + self.project(seen_BHQF.transpose(1, 2).flatten(2))
+        after_BQD: Tensor = cls_BQD + self.mlp(self.before_mlp(cls_BQD))
+        return after_BQD
+
+
+def for_cls_alone(model: nn.Module) -> nn.Module:
+    """The model, its last block now for the CLS token alone where its parts are known to allow it.
+
+    Those are timm's plain ViTs; a model with other blocks, or one that uses the other tokens after them,
+    stays as it is.
+    """
+    timm = load_timm()
+    vision_transformer = timm.models.vision_transformer
+    if type(model) is not vision_transformer.VisionTransformer:
+        return model
+    parts = cast(Any, model)
+    last = parts.blocks[-1]
+    is_plain = type(last) is vision_transformer.Block and type(last.attn) is vision_transformer.Attention
+    if is_plain and getattr(last.attn, "gate", None) is None:
+        parts.blocks[-1] = ClsBlock(last)
+    return model
+
+
+def _split(qkv: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
+    """The layers of the query and of keys and values, whose weights timm keeps as one."""
+    query_dim = qkv.out_features // 3
+    weights = qkv.weight.split([query_dim, 2 * query_dim])
+    biases = (None, None) if qkv.bias is None else qkv.bias.split([query_dim, 2 * query_dim])
+    return _linear(weights[0], biases[0]), _linear(weights[1], biases[1])
+
+
+def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
+    num_outputs, num_inputs = weight_OI.shape
+    layer = nn.Linear(num_inputs, num_outputs, bias=bias_O is not None, device="meta")
+    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
+    if bias_O is not None:
+        layer.bias = nn.Parameter(bias_O, requires_grad=False)
+    return layer
