@@ -7,6 +7,7 @@ ALL = (
     "registration",
     "propagation",
     "runtimes",
+    "last_block",
     "decoding",
     "training",
     "request_path",

@@ -3,7 +3,8 @@ and reduced inside the decoder to 1, 2 and 3 times the side that resizing leaves
 
 The photographs are scikit-learn's two and the demo's textiles, enlarged, with sensor noise added, since a
 smooth enlargement would flatter the reduction. Beside that, what decoding costs as it is served: the small
-pictures of benchmarks/serving.py, and the large ones at 500 and at 4000 pixels.
+pictures of benchmarks/serving.py, and the large ones at 500 and at 4000 pixels; with Pillow's resizing, as
+decoding 2 had it, and with torch's.
 """
 
 import io
@@ -18,10 +19,11 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from benchmarks.machine import machine
+from model_store.backbone import Backbone
 from model_store.backbone_loading import load_backbone
 from model_store.decoding import ImageLimits, decode_image
 from model_store.measuring import embed_all
-from model_store.preprocess import REDUCING_GAP, Preprocessing, open_picture, to_pixels
+from model_store.preprocess import REDUCING_GAP, open_picture, to_pixels
 from model_store.runtimes.runtime import REFERENCE
 from model_store.store import ModelStore
 
@@ -67,30 +69,38 @@ def main() -> None:
         "long_side": LONG_SIDE,
         "chosen_gap": REDUCING_GAP,
         "rows": rows,
-        "as_served": measure_as_served(photographs, backbone.preprocessing),
+        "as_served": measure_as_served(photographs, backbone),
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
-def measure_as_served(large: list[bytes], preprocessing: Preprocessing) -> list[dict[str, float]]:
-    """Bytes and processor time of a picture, file to pixels on one thread, by its long side; medians."""
+def measure_as_served(large: list[bytes], backbone: Backbone) -> list[dict[str, float]]:
+    """Bytes and processor time of a picture, file to pixels on one thread, by its long side, medians; with
+    Pillow's resizing too, and what that does to the vectors."""
     torch.set_num_threads(1)
     camera = [Image.open(io.BytesIO(data)) for data in large]
     sent = {SMALL_SIDE: shrunk(photographs_at_hand(), SMALL_SIDE), WEB_SIDE: shrunk(camera, WEB_SIDE)}
     sent[LONG_SIDE] = large
+    now = backbone.preprocessing
+    decodings = {"cpu_ms": now, "pillow_cpu_ms": now.model_copy(update={"decoding": 2})}
     rows = []
     for side, files in sorted(sent.items()):
-        milliseconds = []
+        milliseconds: dict[str, list[float]] = {name: [] for name in decodings}
+        pixels: dict[str, list[torch.Tensor]] = {name: [] for name in decodings}
         for data in files * SERVED_ROUNDS:
-            started = time.process_time()
-            open_picture(data, preprocessing, ImageLimits()).load()
-            milliseconds.append(1e3 * (time.process_time() - started))
+            for name, preprocessing in decodings.items():
+                started = time.process_time()
+                pixels[name].append(open_picture(data, preprocessing, ImageLimits()).load())
+                milliseconds[name].append(1e3 * (time.process_time() - started))
+        cls_of = {name: embed_all(backbone, torch.stack(some[: len(files)])) for name, some in pixels.items()}
+        cosine_N = torch.cosine_similarity(*cls_of.values(), dim=1)
         rows.append(
             {
                 "long_side": side,
                 "bytes": round(statistics.median(map(len, files))),
-                "cpu_ms": statistics.median(milliseconds),
+                **{name: statistics.median(some) for name, some in milliseconds.items()},
+                "min_cosine_to_pillow": float(cosine_N.min()),
             }
         )
         print(rows[-1])
