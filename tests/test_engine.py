@@ -74,7 +74,7 @@ def settings(**changes: object) -> Settings:
 
 
 async def entered(backbone: GatedBackbone) -> None:
-    """Wait until the inference thread is inside a pass."""
+    """Wait until one more pass has begun."""
     await asyncio.to_thread(backbone.entered.acquire)
 
 
