@@ -86,7 +86,7 @@ def _of_service(state: ServiceState) -> Iterator[Metric]:
 
 def _of_engine(state: ServiceState) -> Iterator[Metric]:
     engine = state.engine
-    yield _gauge("tosca_engine_alive", "1 while the inference thread makes progress.", engine.is_alive)
+    yield _gauge("tosca_engine_alive", "1 while every inference thread makes progress.", engine.is_alive)
     yield _gauge("tosca_admitted_images", "Pictures admitted and not yet answered.", engine.num_admitted)
     yield _gauge(
         "tosca_admitted_images_limit",

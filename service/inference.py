@@ -87,18 +87,19 @@ class Inference:
         return all(one.is_alive() for one in self._threads) and not self.has_died and not stalled
 
     def warm_up(self) -> float:
-        """Passes of every batch size whose first would be slow; seconds a picture of the largest."""
+        """Passes of every batch size whose first would be slow, on all streams side by side, as they will
+        serve; seconds a picture of the largest. Called before the start."""
         each_s = 0.0
         num_streams = self._backbone.num_streams
-        streams = range(num_streams) if num_streams > 1 else (None,)
         size = (3, self._backbone.preprocessing.height, self._backbone.preprocessing.width)
         if num_streams > 1:
-            self._backbone.embed(torch.zeros((1, *size), dtype=torch.uint8))  # of the whole device
+            self._embed_pixels(torch.zeros((1, *size), dtype=torch.uint8), None)  # of the whole device
         for batch_size in self._warm_sizes():
+            # The backbone gives each stream an equal part.
+            pixels_BCHW = torch.zeros((num_streams * batch_size, *size), dtype=torch.uint8)
             started = time.monotonic()
-            for stream in streams:
-                self._embed_pixels(torch.zeros((batch_size, *size), dtype=torch.uint8), stream)
-            each_s = (time.monotonic() - started) / batch_size / num_streams
+            self._embed_pixels(pixels_BCHW, None)
+            each_s = (time.monotonic() - started) / len(pixels_BCHW)
         return each_s
 
     def _warm_sizes(self) -> list[int]:

@@ -167,7 +167,7 @@ def check_engine(service: FastAPI, settings: Settings) -> None:
     """Raises EngineStopped for a service that has started and can answer no more, if it is to end then."""
     state = getattr(service.state, "service", None)
     if state is not None and settings.exit_when_dead and not state.engine.is_alive:
-        raise EngineStopped("the inference thread has stopped or hangs")
+        raise EngineStopped("an inference thread has stopped or hangs")
 
 
 class NameReplica:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,8 +18,11 @@ from model_store.bank import ModuleBank
 from model_store.errors import InvalidImage, UnknownTask
 from model_store.module_file import read_module
 from model_store.preprocess import to_pixels
+from service.cls_cache import ClsCache
 from service.engine import Engine
 from service.errors import DeadlineExceeded, EngineStopped, Overloaded, ShuttingDown
+from service.inference import Inference
+from service.metrics import Metrics
 from service.questions import Question
 from service.settings import Settings
 
@@ -74,7 +78,7 @@ def settings(**changes: object) -> Settings:
 
 
 async def entered(backbone: GatedBackbone) -> None:
-    """Wait until the inference thread is inside a pass."""
+    """Wait until one more pass has begun."""
     await asyncio.to_thread(backbone.entered.acquire)
 
 
@@ -374,11 +378,38 @@ async def test_answers_are_given_beside_the_next_pass(streamed: StreamedBackbone
         await slow
 
 
-async def test_every_stream_is_warm_before_the_first_picture(streamed: StreamedBackbone) -> None:
-    with Engine(streamed, settings()):
-        pass
-    assert streamed.streams == [None, *[0, 1, 2] * 3]
-    assert streamed.batch_sizes == [1, 1, 1, 1, 2, 2, 2, 4, 4, 4]
+class MeetingRuntime:
+    """A stream whose passes wait for one on each of the others; notes how many pictures each had, and when
+    it ended."""
+
+    device = torch.device("cpu")
+    batch_buckets = ()
+
+    def __init__(self, meeting: threading.Barrier, feature_dim: int) -> None:
+        self.passes: list[tuple[int, float]] = []
+        self._meeting = meeting
+        self._feature_dim = feature_dim
+
+    def embed(self, pixels_BCHW: Tensor) -> Tensor:
+        self._meeting.wait(60.0)
+        self.passes.append((len(pixels_BCHW), time.monotonic()))
+        return torch.zeros(len(pixels_BCHW), self._feature_dim)
+
+
+def test_streams_are_warmed_side_by_side_as_they_will_serve(tiny_backbone: Backbone) -> None:
+    """So the first estimate of how long a picture takes is not that of one stream after another."""
+    dim = tiny_backbone.feature_dim
+    whole, meeting = MeetingRuntime(threading.Barrier(1), dim), threading.Barrier(3)
+    streams = [MeetingRuntime(meeting, dim) for _ in range(3)]
+    backbone = Backbone(tiny_backbone.manifest, whole, "openvino-float32", streams=streams)
+    cache = ClsCache(0, backbone.fingerprint, backbone.variant)
+    warming = Inference(backbone, cache, Metrics(), max_batch_size=4, max_wait_s=0.0, drain_s=lambda: 0.0)
+    seconds_each = warming.warm_up()
+    ended_at = time.monotonic()
+    assert [size for size, _ in whole.passes] == [1]
+    assert [[size for size, _ in one.passes] for one in streams] == [[1, 2, 4]] * 3
+    largest_began_at = max(one.passes[1][1] for one in streams)  # at the earliest
+    assert 0.0 < 3 * 4 * seconds_each <= ended_at - largest_began_at
 
 
 async def test_one_dead_stream_ends_all(

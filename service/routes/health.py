@@ -11,9 +11,9 @@ router = APIRouter(prefix="/health", tags=["health"])
 
 @router.get("/live", responses=health_problems)
 async def live(state: State) -> Live:
-    """200 while the inference thread makes progress."""
+    """200 while every inference thread makes progress."""
     if not state.engine.is_alive:
-        raise EngineStopped("the inference thread has stopped or hangs")
+        raise EngineStopped("an inference thread has stopped or hangs")
     return Live(status="live")
 
 

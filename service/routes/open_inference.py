@@ -56,9 +56,9 @@ _ANSWER: dict[int | str, dict[str, Any]] = {200: {"model": InferResponseOut}}
 
 @health_router.get("/live", responses={503: {"model": ErrorOut}})
 async def live(state: State) -> ServerLiveOut:
-    """200 while the inference thread makes progress."""
+    """200 while every inference thread makes progress."""
     if not state.engine.is_alive:
-        raise EngineStopped("the inference thread has stopped or hangs")
+        raise EngineStopped("an inference thread has stopped or hangs")
     return ServerLiveOut(live=True)
 
 
