@@ -34,7 +34,8 @@ def ordinary_export(artefact: BackboneArtefact, runtime: str, calibration_NCHW: 
 def ordinary_backbone(
     artefact: BackboneArtefact, runtime: str, export: bytes | None, num_threads: int
 ) -> Backbone:
-    """One pass at a time on all threads: what an engine does unless it is told otherwise."""
+    """One stream, a pass at a time on all threads: an engine's default. OpenVINO's threads are not pinned, so
+    that worker processes with a thread each do not meet on the first core."""
     kind = runtime_kind(runtime)
     loaded: Runtime
     if export is not None:
