@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from benchmarks.servers import WITH_OUR_ENGINE
+
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 NAMES = {
@@ -16,7 +18,10 @@ NAMES = {
     "lit_serve_workers": "LitServe, a worker a core",
     "ray_serve": "Ray Serve",
     "bento_ml": "BentoML",
+    "lit_serve_our_engine": "LitServe, our engine",
+    "lit_serve_workers_our_engine": "LitServe, our engine, a worker a core",
 }
+COLOURS = {"tosca": "C0"} | dict.fromkeys(WITH_OUR_ENGINE, "0.85")
 
 
 def main() -> None:
@@ -43,15 +48,17 @@ def tasks(result: dict[str, Any]) -> Figure:
 
 
 def serving(result: dict[str, Any]) -> Figure:
-    """Saturated throughput over the backbone alone, and p99 at 70 % of saturation."""
+    """Saturated throughput over the backbone alone, and p99 at 70 % of saturation; lighter: peers that were
+    handed this project's engine."""
     scenarios = result["scenarios"]
-    figure = Figure(figsize=(9, 2.2 + 1.2 * len(scenarios)), layout="constrained")
+    num_bars = sum(len(one["summary"]["saturated_images_per_s"]) for one in scenarios.values())
+    figure = Figure(figsize=(10, 2.2 + 0.2 * num_bars), layout="constrained")
     throughput, latency = figure.subplots(1, 2, sharey=True)
     labels, position = [], 0.0
     for scenario, measured in scenarios.items():
         summary = measured["summary"]
         for server, images_per_s in summary["saturated_images_per_s"].items():
-            colour = "C0" if server == "tosca" else "0.7"
+            colour = COLOURS.get(server, "0.65")
             throughput.barh(position, images_per_s / summary["backbone_alone_images_per_s"], color=colour)
             latency.barh(position, summary["open_loop_p99_ms"][server], color=colour)
             refused = summary["open_loop_refused"][server]
@@ -66,7 +73,7 @@ def serving(result: dict[str, Any]) -> Figure:
     throughput.invert_yaxis()
     throughput.axvline(1.0, color="0.4", linewidth=0.8)
     throughput.set_xlabel("saturated throughput / backbone alone")
-    latency.set(xlabel="p99 of answers at 70 % of saturation (ms)", xscale="log")
+    latency.set(xlabel="p99 at 70 % of saturation (ms)", xscale="log")
     latency.set_xticks(ticks := [100, 200, 500, 1000, 2000], [str(tick) for tick in ticks])
     latency.xaxis.set_minor_formatter(NullFormatter())
     return figure

@@ -1,37 +1,63 @@
 """This service against a plain FastAPI handler, LitServe, Ray Serve and BentoML: throughput and latency.
 
-All have the same backbone in the same runtime and precision, the same bank, decoding, threads and pictures,
-one after another in every round; LitServe runs twice, with one worker of all threads and a worker a thread.
-Load comes from a second process, in closed loops of 1 and 64 clients and an open loop at 70 % of what both
-this service and the best peer can do. The limit is the backbone alone at its best batch in one process: with
-one pass at a time, and with as many side by side as tuning found best. No picture repeats, and this
-service's CLS cache is off, so every answer costs a pass.
+**The same for all**: pictures, weights, the engine and precision that tuning chose, threads, the bank, the
+load, and the largest batch but for the plain handler, which runs a picture a pass.
+
+**Peers as their users write them** are the comparison. They run the whole timm model as torch exports it, one
+pass at a time on all threads of a worker, read pictures with Pillow, large JPEGs reduced (`Image.draft`), and
+resize with Pillow as timm does. This service runs its own graph, as many passes side by side as tuning found
+best, and its own decoding: what it gains by them is part of what is compared. LitServe runs twice, with one
+worker of all threads and a worker a thread, whose passes are side by side too.
+
+**Peers with our engine** are handed this project's graph, streams and decoding, which their users do not
+have: LitServe, again with one worker and with several. What is left between them and this service is HTTP,
+queues and batching.
+
+Servers run one after another in every round. Load comes from a second process, in closed loops of 1 and 64
+clients and an open loop at 70 % of what both this service and the best ordinary peer can do. No picture
+repeats, and this service's CLS cache is off, so every answer costs a pass. Before its load every server is
+asked about the same pictures, and where this service is sure of one, the others must say the same.
+
+Three limits are measured in one process without a server, each at its best batch: this project's pass alone,
+as many side by side as tuning found best, and the ordinary export's pass, one at a time.
 
 TOSCA_BENCH_SECONDS sets the seconds of a measurement (20), TOSCA_BENCH_ROUNDS the rounds (3), and
 TOSCA_BENCH_SCENARIOS which scenarios run, by the beginning of their names (ViT-B/16, ViT-Tiny).
+
+Example: python -m benchmarks.serving
 """
 
-import contextlib
 import io
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import httpx
 import torch
 from PIL import Image
 
+from benchmarks.agreement import cosine_with_ours, decoded, share_of_same_answers
 from benchmarks.decoding import large_jpeg, photographs_at_hand
 from benchmarks.machine import machine
+from benchmarks.peers.ordinary import ordinary_backbone, ordinary_export
+from benchmarks.servers import (
+    MAX_BATCH_SIZE,
+    OURS,
+    PEERS,
+    SERVERS,
+    WITH_OUR_ENGINE,
+    Served,
+    answers,
+    load,
+    running,
+)
+from model_store.backbone import Backbone, BackboneArtefact
 from model_store.backbone_loading import load_backbone
 from model_store.backbone_sources import from_timm
 from model_store.measuring import Plan, time_side_by_side, tune
@@ -43,20 +69,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from synthetic import make_features
 
 DEMO = Path(".tosca")
-PEERS = DEMO / "peers" / "bin" / "python"
 RESULT = Path(__file__).parent / "results" / "serving.json"
 SECONDS = float(os.environ.get("TOSCA_BENCH_SECONDS", "20"))
 WANTED = os.environ.get("TOSCA_BENCH_SCENARIOS", "")  # separated by semicolons; all
 ROUNDS = int(os.environ.get("TOSCA_BENCH_ROUNDS", "3"))
-MAX_BATCH_SIZE = 8
 CLIENTS = (1, 64)
 OPEN_LOOP_SHARE = 0.7
-START_TIMEOUT_S = 180.0
 TINY = "vit_tiny_patch16_224"
 SMALL = "ViT-B/16, 256-pixel JPEGs"
 LARGE = "ViT-B/16, 12-megapixel JPEGs"
 TINY_SMALL = "ViT-Tiny, 256-pixel JPEGs"
-SERVERS = ("tosca", "plain_fastapi", "lit_serve", "lit_serve_workers", "ray_serve", "bento_ml")
+BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -74,7 +97,7 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as temporary:
         for scenario in scenarios(Path(temporary)):
-            results[scenario.name] = measure(scenario, threads)
+            results[scenario.name] = measure(scenario, threads, Path(temporary))
             print(scenario.name, json.dumps(results[scenario.name]["summary"]))
     document = {
         "machine": about,
@@ -130,66 +153,102 @@ def tiny_store(folder: Path) -> str:
     return str(folder)
 
 
-def measure(scenario: Scenario, threads: int) -> dict[str, object]:
-    alone = backbone_alone(scenario.store, threads, num_streams=1)
-    side_by_side = backbone_alone(scenario.store, threads, num_streams=0)
+def measure(scenario: Scenario, threads: int, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    store = ModelStore(scenario.store)
+    alone = pass_alone(load_backbone(store, num_threads=threads, num_streams=1))
+    side_by_side = pass_alone(load_backbone(store, num_threads=threads))
+    served = export_ordinarily(scenario, str(alone["runtime"]), threads, folder)
+    ordinary = pass_alone(load_ordinary(served))
+    cosine = cosine_with_ours(served, load_ordinary(served), scenario.pictures)
+    expected: list[dict[str, Any]] = []
+    same_answers: dict[str, float] = {}
     closed: dict[str, dict[str, list[dict[str, float]]]] = {
         server: {str(clients): [] for clients in CLIENTS} for server in SERVERS
     }
     for _ in range(ROUNDS):
         for server in SERVERS:
-            with running(server, scenario, threads) as url:
+            with running(server, served, scenario.pictures) as url:
+                given = answers(url, scenario.pictures)
+                expected = given if server == OURS else expected
+                same_answers[server] = share_of_same_answers(server, given, expected)
                 for clients in CLIENTS:
-                    closed[server][str(clients)].append(load(url, scenario, clients=clients))
-                    check(server, closed[server][str(clients)][-1])
+                    found = load(url, scenario.pictures, SECONDS, clients=clients)
+                    closed[server][str(clients)].append(check(server, found))
     saturated = {server: median(closed[server][str(CLIENTS[-1])], "images_per_s") for server in SERVERS}
-    peers = [one for one in SERVERS if one != "tosca"]
-    rate = OPEN_LOOP_SHARE * min(saturated["tosca"], max(saturated[one] for one in peers))
+    rate = OPEN_LOOP_SHARE * min(saturated[OURS], max(saturated[one] for one in PEERS))
     opened: dict[str, list[dict[str, float]]] = {server: [] for server in SERVERS}
     for _ in range(ROUNDS):
         for server in SERVERS:
-            with running(server, scenario, threads) as url:
-                opened[server].append(load(url, scenario, rate=rate))
-                check(server, opened[server][-1])
-    p99 = {server: median(opened[server], "p99_ms") for server in SERVERS}
-    refused = {server: sum(run["num_failed"] for run in opened[server]) for server in SERVERS}
-    whole = [one for one in peers if refused[one] == 0]  # fast answers to some are no match
-    summary = {
-        "backbone_alone_images_per_s": alone["images_per_s"],
-        "saturated_images_per_s": saturated,
-        "backbone_side_by_side_images_per_s": side_by_side["images_per_s"],
-        "saturated_over_alone": saturated["tosca"] / alone["images_per_s"],
-        "saturated_over_side_by_side": saturated["tosca"] / side_by_side["images_per_s"],
-        "saturated_over_best_peer": saturated["tosca"] / max(saturated[one] for one in peers),
-        "open_loop_images_per_s": rate,
-        "open_loop_p99_ms": p99,
-        "open_loop_refused": refused,
-        "p99_over_best_peer": p99["tosca"] / min(p99[one] for one in whole),
-        "one_client_p50_ms": {one: median(closed[one]["1"], "p50_ms") for one in SERVERS},
-    }
+            with running(server, served, scenario.pictures) as url:
+                opened[server].append(check(server, load(url, scenario.pictures, SECONDS, rate=rate)))
     return {
-        "summary": summary,
+        "summary": {
+            "backbone_alone_images_per_s": alone["images_per_s"],
+            "backbone_side_by_side_images_per_s": side_by_side["images_per_s"],
+            "ordinary_pass_images_per_s": ordinary["images_per_s"],
+            "saturated_images_per_s": saturated,
+            "saturated_over_alone": saturated[OURS] / alone["images_per_s"],
+            "saturated_over_side_by_side": saturated[OURS] / side_by_side["images_per_s"],
+            "saturated_over_best_peer": over_best(saturated, PEERS),
+            "saturated_over_best_with_our_engine": over_best(saturated, WITH_OUR_ENGINE),
+            "one_client_p50_ms": {one: median(closed[one]["1"], "p50_ms") for one in SERVERS},
+            "open_loop_images_per_s": rate,
+            **summarise_open_loop(opened),
+        },
         "alone": alone,
         "side_by_side": side_by_side,
+        "ordinary": ordinary,
+        "agreement": cosine | {"same_answers": same_answers},
         "closed_loop": closed,
         "open_loop": opened,
     }
 
 
-def check(server: str, result: dict[str, float]) -> None:
+def summarise_open_loop(opened: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
+    p99 = {server: median(opened[server], "p99_ms") for server in SERVERS}
+    refused = {server: sum(run["num_failed"] for run in opened[server]) for server in SERVERS}
+    return {
+        "open_loop_p99_ms": p99,
+        "open_loop_refused": refused,
+        "p99_over_best_peer": p99_over_best(p99, refused, PEERS),
+        "p99_over_best_with_our_engine": p99_over_best(p99, refused, WITH_OUR_ENGINE),
+    }
+
+
+def check(server: str, result: dict[str, float]) -> dict[str, float]:
     """Answers alone count; a peer may refuse some requests, which its figures keep (`num_failed`)."""
     print(server, json.dumps(result), flush=True)
-    assert server != "tosca" or result["num_failed"] == 0, f"{result['num_failed']} requests failed"
+    assert server != OURS or result["num_failed"] == 0, f"{result['num_failed']} requests failed"
+    return result
 
 
-def backbone_alone(store: str, threads: int, num_streams: int) -> dict[str, float | str]:
-    """Images per second of the backbone on decoded pixels, at the best of the batch sizes, with so many
-    passes side by side (0: as many as tuning found best)."""
-    torch.set_num_threads(threads)
-    backbone = load_backbone(ModelStore(store), num_threads=threads, num_streams=num_streams)
+def over_best(saturated: Mapping[str, float], others: Iterable[str]) -> float:
+    return saturated[OURS] / max(saturated[one] for one in others)
+
+
+def p99_over_best(
+    p99: Mapping[str, float], refused: Mapping[str, float], others: Iterable[str]
+) -> float | None:
+    """This service's p99 over the best of those that answered all (fast answers to some are no match); None
+    where each refused some."""
+    best = min((p99[one] for one in others if refused[one] == 0), default=None)
+    return None if best is None else p99[OURS] / best
+
+
+def median(runs: list[dict[str, float]], name: str) -> float:
+    return statistics.median(one[name] for one in runs)
+
+
+# -- without a server --------------------------------------------------------------------------------
+
+
+def pass_alone(backbone: Backbone) -> dict[str, Any]:
+    """Images per second of a backbone on decoded pixels, at the best of the batch sizes, with all its streams
+    side by side."""
     side = backbone.preprocessing.height
-    best: dict[str, float] = {"images_per_s": 0.0}
-    for batch_size in (1, 2, 4, 8, 16):
+    best: dict[str, Any] = {"images_per_s": 0.0}
+    for batch_size in BATCH_SIZES:
         pixels = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
         time_side_by_side(backbone, pixels)
         passes, started = [], time.perf_counter()
@@ -201,83 +260,25 @@ def backbone_alone(store: str, threads: int, num_streams: int) -> dict[str, floa
     return best | {"streams": backbone.num_streams, "runtime": backbone.runtime_name}
 
 
-# -- servers and load --------------------------------------------------------------------------------
+def export_ordinarily(scenario: Scenario, runtime: str, threads: int, folder: Path) -> Served:
+    """What the servers are given, the ordinary export written into `folder`."""
+    artefact = _artefact(scenario.store)
+    export = ordinary_export(artefact, runtime, decoded(artefact, scenario.pictures))
+    path = None
+    if export is not None:
+        path = folder / "ordinary.onnx"
+        path.write_bytes(export)
+    return Served(scenario.store, runtime, path, threads)
 
 
-@contextlib.contextmanager
-def running(server: str, scenario: Scenario, threads: int) -> Iterator[str]:
-    """One server in its own process, until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if server == "tosca":
-        command = [
-            str(Path(sys.executable).with_name("tosca")),
-            "serve",
-            "--store",
-            scenario.store,
-            "--port",
-            str(port),
-        ]
-        environment |= {
-            "TOSCA_CLS_CACHE_BYTES": "0",
-            "TOSCA_MAX_BATCH_SIZE": str(MAX_BATCH_SIZE),
-            "TOSCA_TORCH_THREADS": str(threads),
-            "TOSCA_DECODE_THREADS": str(threads),
-        }
-    else:
-        python = sys.executable if server == "plain_fastapi" else str(PEERS)
-        options = ["--store", scenario.store, "--port", str(port), "--threads", str(threads)]
-        options += ["--max-batch-size", str(MAX_BATCH_SIZE)]
-        if server == "lit_serve_workers":
-            server, options = "lit_serve", [*options, "--workers", str(threads)]
-        command = [python, "-m", f"benchmarks.peers.{server}", *options]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_until_ready(url, server, process, scenario.pictures)
-            yield url
-        except AssertionError as error:
-            log.seek(0)
-            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30.0)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # some leave their workers behind
-            process.wait()
+def load_ordinary(served: Served) -> Backbone:
+    export = served.export.read_bytes() if served.export else None
+    return ordinary_backbone(_artefact(served.store), served.runtime, export, served.threads)
 
 
-def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]", pictures: Path) -> None:
-    """Until a first picture is answered."""
-    picture = next(pictures.iterdir()).read_bytes()
-    headers = {"content-type": "image/jpeg"}
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"{server} ended"
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.post(f"{url}/predict", content=picture, headers=headers, timeout=30.0).is_success:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"{server} was not ready within {START_TIMEOUT_S} s")
-
-
-def load(url: str, scenario: Scenario, *, clients: int = 0, rate: float = 0.0) -> dict[str, float]:
-    """One measurement by the load process."""
-    command = [sys.executable, str(Path(__file__).with_name("load.py")), url]
-    command += ["--pictures", str(scenario.pictures)]
-    command += ["--seconds", str(SECONDS), "--warm-up", str(SECONDS / 5)]
-    command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS * 10 + 300)
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
-
-
-def median(runs: list[dict[str, float]], name: str) -> float:
-    return statistics.median(one[name] for one in runs)
+def _artefact(store_url: str) -> BackboneArtefact:
+    store = ModelStore(store_url)
+    return store.backbone(store.require_head().backbone_fingerprint)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ wait twice for whatever the loop is at.
 """
 # B batch, H height, W width, D features
 
+import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +47,7 @@ class DecodePool:
         self._cache = cache
         self._metrics = metrics
         self._submit = submit
-        self._threads = ThreadPoolExecutor(num_threads, "decode", use_one_compute_thread)
+        self._threads = ThreadPoolExecutor(num_threads, "decode", _work_in_bulk)
 
     def stop(self) -> None:
         """Finish what was begun."""
@@ -103,6 +106,16 @@ class DecodePool:
         self._metrics.time_answers(selection, modules)
         timings = Timings(Interval(began_at, answering_at), None, None, selection, modules, batch_size=0)
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
+
+
+def _work_in_bulk() -> None:
+    """Let this thread compute by itself, and on Linux wait for its turn instead of interrupting a pass: after
+    that, a pass finds the caches full of pictures (docs/experiments.md, section 14). Where a sandbox forbids
+    it, passes are interrupted."""
+    use_one_compute_thread()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
 
 
 def _without_frames(fault: ToscaError) -> ToscaError:

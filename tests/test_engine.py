@@ -2,6 +2,8 @@
 
 import asyncio
 import io
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -235,6 +237,24 @@ async def test_a_picture_given_up_amid_its_decoding_never_waits_for_the_device(
         assert engine.num_queued == 0
         backbone.gate.set()
         await first
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have policies of their own on Linux alone")
+@pytest.mark.parametrize("is_sandboxed", [False, True])
+async def test_decoding_threads_wait_for_their_turn_where_they_may(
+    backbone: GatedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch, *, is_sandboxed: bool
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise PermissionError
+
+    if is_sandboxed:
+        monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    before = os.sched_getscheduler(0)
+    with Engine(backbone, settings(decode_threads=1)) as engine:
+        assert len(await engine.answer([picture(1)], Question(bank))) == 1
+        policy = engine._decoders._threads.submit(os.sched_getscheduler, 0).result()
+    assert policy == (before if is_sandboxed else os.SCHED_BATCH)
+    assert os.sched_getscheduler(0) == before
 
 
 async def test_bad_picture_names_its_place(backbone: GatedBackbone, bank: ModuleBank) -> None:

@@ -1,13 +1,15 @@
-"""What every peer does with a picture: the project's own decoding, backbone and bank, and the same answer."""
+"""What every peer does with a picture: decode it, embed it in one of two engines, ask the project's bank."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model_store.backbone import Backbone
+from benchmarks.peers.arguments import Arguments
+from benchmarks.peers.ordinary import ordinary_backbone, ordinary_pixels
 from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
@@ -20,12 +22,18 @@ LIMITS = ImageLimits()
 
 
 class Answering:
-    """Backbone and bank of a store, for one thread."""
+    """Backbone and bank of a store, for one thread, in the engine that the arguments name."""
 
-    def __init__(self, store_url: str, num_threads: int, max_batch_size: int) -> None:
+    def __init__(self, arguments: Arguments, num_threads: int, max_batch_size: int) -> None:
         torch.set_num_threads(num_threads)
-        store = ModelStore(store_url)
-        self._backbone: Backbone = load_backbone(store, num_threads=num_threads)
+        store = ModelStore(arguments.store)
+        if arguments.engine == "ours":
+            self._backbone, self._to_pixels = load_backbone(store, num_threads=num_threads), load_pixels
+        else:
+            artefact = store.backbone(store.require_head().backbone_fingerprint)
+            export = Path(arguments.export).read_bytes() if arguments.export else None
+            self._backbone = ordinary_backbone(artefact, arguments.runtime, export, num_threads)
+            self._to_pixels = ordinary_pixels
         if runtime_kind(self._backbone.runtime_name).engine != "torch":
             torch.set_num_threads(1)  # beside the threads of another engine they cost more than they do
         self._bank: ModuleBank = Publisher(store).active.bank
@@ -34,7 +42,7 @@ class Answering:
             self._backbone.embed(torch.zeros((batch_size, 3, side, side), dtype=torch.uint8))
 
     def decode(self, data: bytes) -> Tensor:
-        return load_pixels(data, self._backbone.preprocessing, LIMITS)
+        return self._to_pixels(data, self._backbone.preprocessing, LIMITS)
 
     def answer(self, pixels: Sequence[Tensor]) -> list[dict[str, Any]]:
         cls_BD = self._backbone.embed(torch.stack(list(pixels)))

@@ -30,7 +30,7 @@ def _arguments() -> Arguments:
 class Passes:
     def __init__(self) -> None:
         arguments = _arguments()
-        self._answering = Answering(arguments.store, arguments.threads, arguments.max_batch_size)
+        self._answering = Answering(arguments, arguments.threads, arguments.max_batch_size)
         self._decoders = ThreadPoolExecutor(arguments.threads)
 
     @bentoml.api(batchable=True, max_batch_size=8, max_latency_ms=60_000)

@@ -27,7 +27,7 @@ class TaskAnswers(litserve.LitAPI):  # type: ignore[misc]
     def setup(self, device: str) -> None:  # noqa: ARG002  (named by LitServe)
         arguments = self._arguments
         threads = arguments.threads // arguments.workers
-        self._answering = Answering(arguments.store, threads, arguments.max_batch_size)
+        self._answering = Answering(arguments, threads, arguments.max_batch_size)
         self._decoders = ThreadPoolExecutor(threads)
 
     def decode_request(self, request: RawBody) -> bytes:

@@ -17,7 +17,7 @@ from benchmarks.peers.arguments import Arguments, parse
 
 def create_app(arguments: Arguments) -> FastAPI:
     app = FastAPI()
-    answering = Answering(arguments.store, arguments.threads, max_batch_size=1)
+    answering = Answering(arguments, arguments.threads, max_batch_size=1)
     decoders = ThreadPoolExecutor(arguments.threads)
     device = ThreadPoolExecutor(1)
 

@@ -27,7 +27,7 @@ MAX_ONGOING = 256
 @serve.deployment(max_ongoing_requests=MAX_ONGOING, ray_actor_options={"num_cpus": 1})
 class TaskAnswers:
     def __init__(self, arguments: Arguments) -> None:
-        self._answering = Answering(arguments.store, arguments.threads, arguments.max_batch_size)
+        self._answering = Answering(arguments, arguments.threads, arguments.max_batch_size)
         self._decoders = ThreadPoolExecutor(arguments.threads)
         self._device = ThreadPoolExecutor(1)
         self._answer_batch.set_max_batch_size(arguments.max_batch_size)

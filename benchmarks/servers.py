@@ -1,0 +1,145 @@
+"""This service and its peers for benchmarks/serving.py, each in its own process, and the load on them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from serving import free_port
+
+PEERS_PYTHON = Path(".tosca/peers/bin/python")
+START_TIMEOUT_S = 180.0
+MAX_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A module of benchmarks.peers and how it is run."""
+
+    module: str
+    engine: Literal["ordinary", "ours"] = "ordinary"
+    worker_a_thread: bool = False
+
+
+OURS = "tosca"
+PEERS = {  # as their users write them
+    "plain_fastapi": Peer("plain_fastapi"),
+    "lit_serve": Peer("lit_serve"),
+    "lit_serve_workers": Peer("lit_serve", worker_a_thread=True),
+    "ray_serve": Peer("ray_serve"),
+    "bento_ml": Peer("bento_ml"),
+}
+WITH_OUR_ENGINE = {  # the best of them, given this project's graph, streams and decoding
+    "lit_serve_our_engine": Peer("lit_serve", "ours"),
+    "lit_serve_workers_our_engine": Peer("lit_serve", "ours", worker_a_thread=True),
+}
+SERVERS = (OURS, *PEERS, *WITH_OUR_ENGINE)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What every server is given: a store, and for ordinary peers what tuning chose there, exported the
+    ordinary way (no export: torch runs the model)."""
+
+    store: str
+    runtime: str
+    export: Path | None
+    threads: int
+
+
+@contextlib.contextmanager
+def running(server: str, served: Served, pictures: Path) -> Iterator[str]:
+    """The URL of one server in its own process, until the block ends."""
+    port = free_port()
+    command, variables = _command(server, served, port)
+    variables["OMP_NUM_THREADS"] = str(served.threads)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_ready(url, server, process, next(pictures.iterdir()))
+            yield url
+        except AssertionError as error:
+            log.seek(0)
+            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # some leave their workers behind
+            process.wait()
+
+
+def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[str, str]]:
+    """How a server is started, and its environment variables."""
+    if server == OURS:
+        tosca = str(Path(sys.executable).with_name("tosca"))
+        return [tosca, "serve", "--store", served.store, "--port", str(port)], {
+            "TOSCA_CLS_CACHE_BYTES": "0",
+            "TOSCA_MAX_BATCH_SIZE": str(MAX_BATCH_SIZE),
+            "TOSCA_TORCH_THREADS": str(served.threads),
+            "TOSCA_DECODE_THREADS": str(served.threads),
+        }
+    peer = {**PEERS, **WITH_OUR_ENGINE}[server]
+    python = sys.executable if peer.module == "plain_fastapi" else str(PEERS_PYTHON)
+    command = [python, "-m", f"benchmarks.peers.{peer.module}", "--store", served.store, "--port", str(port)]
+    command += ["--threads", str(served.threads), "--max-batch-size", str(MAX_BATCH_SIZE)]
+    command += ["--engine", peer.engine]
+    if peer.engine == "ordinary":
+        command += ["--runtime", served.runtime]
+        command += ["--export", str(served.export)] if served.export else []
+    if peer.worker_a_thread:
+        command += ["--workers", str(served.threads)]
+    return command, {}
+
+
+def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]", picture: Path) -> None:
+    """Until a first picture is answered."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"{server} ended"
+        with contextlib.suppress(httpx.HTTPError):
+            if _ask(url, picture).is_success:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{server} was not ready within {START_TIMEOUT_S} s")
+
+
+def _ask(url: str, picture: Path) -> httpx.Response:
+    headers = {"content-type": "image/jpeg"}
+    return httpx.post(f"{url}/predict", content=picture.read_bytes(), headers=headers, timeout=30.0)
+
+
+def answers(url: str, pictures: Path) -> list[dict[str, Any]]:
+    """What a server answers to each picture of the folder, one after another, by name."""
+    found = []
+    for picture in sorted(pictures.iterdir()):
+        (answer,) = _ask(url, picture).raise_for_status().json()["predictions"]
+        found.append(answer)
+    return found
+
+
+def load(
+    url: str, pictures: Path, seconds: float, *, clients: int = 0, rate: float = 0.0
+) -> dict[str, float]:
+    """One measurement by the load process: a closed loop of so many clients, or an open one at a rate."""
+    command = [sys.executable, str(Path(__file__).with_name("load.py")), url, "--pictures", str(pictures)]
+    command += ["--seconds", str(seconds), "--warm-up", str(seconds / 5)]
+    command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds * 10 + 300)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
