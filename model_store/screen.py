@@ -18,7 +18,7 @@ from model_store.compute_threads import side_by_side
 # No cosine of the screen is further from the exact one. Both unit vectors and the result are rounded to
 # bfloat16, each by at most 2^-9 of itself, and Σ |u_i v_i| ≤ 1; a fourth share covers float32 whitening.
 SCREEN_ERROR = 4 * 2.0**-9
-_BLOCKS_A_PART = 8  # some 16,000 classes, which one thread looks at in one go
+_BLOCKS_A_PART = 4  # some 8,000 classes, which one thread looks at in one go
 
 
 @dataclass(frozen=True, slots=True)
