@@ -52,11 +52,10 @@ def compare(artefact: BackboneArtefact, runtime: str, num_streams: int) -> Itera
     kind = runtime_kind(runtime)
     folder = DEMO / "demo" / "textiles" / "test"
     pixels_NCHW = read_labelled({"textiles": folder}, preprocessing, MAX_PICTURES).pixels_NCHW
-    size = preprocessing.height, preprocessing.width
     backbones = []
     for model in (artefact.model(), for_cls_alone(artefact.model())):
         assert kind.export is not None, "a runtime that runs an export"
-        export = make_export(kind.export, export_float(Embedding(model, preprocessing), size), pixels_NCHW)
+        export = make_export(kind.export, export_float(Embedding(model, preprocessing)), pixels_NCHW)
         loaded = Backbone.load(artefact, "cpu", runtime, export=export, num_streams=num_streams)
         backbones.append(loaded)
     whole, alone = backbones

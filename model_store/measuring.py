@@ -145,9 +145,8 @@ class _Exports:
         if "float" not in self._made:
             from model_store.runtimes.onnx_export import export_float
 
-            preprocessing = self._artefact.manifest.preprocessing
-            embedding = Embedding(for_cls_alone(self._artefact.model()), preprocessing)
-            self._made["float"] = export_float(embedding, (preprocessing.height, preprocessing.width))
+            model = for_cls_alone(self._artefact.model())
+            self._made["float"] = export_float(Embedding(model, self._artefact.manifest.preprocessing))
         return self._made["float"]
 
 

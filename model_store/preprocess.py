@@ -74,12 +74,12 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLim
     top = round((size[1] - preprocessing.height) / 2.0)
     left = round((size[0] - preprocessing.width) / 2.0)
     bottom, right = top + preprocessing.height, left + preprocessing.width
-    if image.size != size and preprocessing.decoding > 2:
-        crop_CHW = _resized_by_torch(image, size, preprocessing)[:, top:bottom, left:right]
-    else:
-        if image.size != size:
-            image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
+    if image.size != size and preprocessing.decoding == 2:
+        image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
+    if image.size == size:
         crop_CHW = np.asarray(image.crop((left, top, right, bottom))).transpose(2, 0, 1)
+    else:
+        crop_CHW = _resized_by_torch(image, size, preprocessing)[:, top:bottom, left:right]
     # NumPy copies on this thread. torch would share so small a copy among threads, which then wait for each
     # other while the processors are busy: milliseconds instead of microseconds (docs/experiments.md).
     return torch.from_numpy(np.array(crop_CHW, order="C"))

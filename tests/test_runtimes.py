@@ -130,7 +130,7 @@ def test_variants_tell_runtimes_and_exports_apart(load: Callable[[RuntimeKind], 
 @pytest.mark.slow
 def test_equal_weights_give_equal_exports(tiny_artefact: BackboneArtefact, float_export: bytes) -> None:
     model = for_cls_alone(tiny_artefact.model())
-    again = export_float(Embedding(model, tiny_artefact.manifest.preprocessing), (32, 32))
+    again = export_float(Embedding(model, tiny_artefact.manifest.preprocessing))
     assert again == float_export
 
 
@@ -172,7 +172,7 @@ def test_a_backbone_too_large_for_a_graph_is_refused(
     monkeypatch.setattr("model_store.runtimes.onnx_export.MAX_BYTES", 2**24 + 1000)
     embedding = Embedding(tiny_artefact.model(), tiny_artefact.manifest.preprocessing)
     with pytest.raises(InvalidBackbone, match="exceed the 2 GiB"):
-        export_float(embedding, (32, 32))
+        export_float(embedding)
 
 
 def test_a_runtime_for_another_device_is_not_available() -> None:

@@ -25,9 +25,7 @@ def ordinary_export(artefact: BackboneArtefact, runtime: str, calibration_NCHW: 
     form = runtime_kind(runtime).export
     if form is None:
         return None
-    preprocessing = artefact.manifest.preprocessing
-    embedding = Embedding(artefact.model(), preprocessing)
-    exported = export_float(embedding, (preprocessing.height, preprocessing.width))
+    exported = export_float(Embedding(artefact.model(), artefact.manifest.preprocessing))
     return make_export(form, exported, calibration_NCHW)
 
 

@@ -18,7 +18,7 @@ MAX_BYTES = 2**31 - 1  # of a protocol buffer
 OPSET = 20
 
 
-def export_float(embedding: Embedding, image_size: tuple[int, int]) -> bytes:
+def export_float(embedding: Embedding) -> bytes:
     """The float32 graph from [B, 3, H, W] uint8 pixels to [B, D] CLS vectors, for any B.
 
     Raises InvalidBackbone when torch cannot express the model as a graph, and for more than 2 GiB.
@@ -26,7 +26,7 @@ def export_float(embedding: Embedding, image_size: tuple[int, int]) -> bytes:
     size_bytes = sum(value.numel() * 4 for value in embedding.state_dict().values())
     if size_bytes > MAX_BYTES - 2**24:
         raise InvalidBackbone(f"{size_bytes} bytes of weights exceed the 2 GiB an ONNX file may have")
-    example = torch.zeros((2, 3, *image_size), dtype=torch.uint8)
+    example = torch.zeros((2, 3, *embedding.image_size), dtype=torch.uint8)
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter warns of its own deprecations

@@ -24,6 +24,7 @@ class Embedding(nn.Module):
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, precision: str = "float32") -> None:
         super().__init__()
         self.model = model
+        self.image_size = preprocessing.height, preprocessing.width
         self._dtype = _DTYPE[precision]
         # timm's models share this method, but torch's types know nothing of it.
         self._forward_features: Callable[[Tensor], Tensor] = cast(Any, model).forward_features
@@ -66,13 +67,12 @@ class CudaGraphRuntime:
         self,
         embedding: Embedding,
         device: torch.device,
-        image_size: tuple[int, int],
         batch_buckets: tuple[int, ...] = CUDA_BUCKETS,
     ) -> None:
         self.device = device
         self.batch_buckets = batch_buckets
         self._embedding = embedding.to(device).eval()
-        largest = (batch_buckets[-1], 3, *image_size)
+        largest = (batch_buckets[-1], 3, *embedding.image_size)
         self._staging_BCHW = torch.zeros(largest, dtype=torch.uint8, pin_memory=True)
         self._input_BCHW = torch.zeros(largest, dtype=torch.uint8, device=device)
         self._staged = torch.cuda.Event()
@@ -119,5 +119,5 @@ def load_torch(
     if device.type == "cuda":
         embedding = Embedding(for_cls_alone(model), preprocessing, precision)
         with torch.cuda.device(device):
-            return CudaGraphRuntime(embedding, device, (preprocessing.height, preprocessing.width))
+            return CudaGraphRuntime(embedding, device)
     return TorchRuntime(Embedding(model, preprocessing, precision), device)
