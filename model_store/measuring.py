@@ -26,6 +26,7 @@ from model_store.parity import Answering, LabelledPixels, bank_answers, class_me
 from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
 from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
+from model_store.runtimes.split_attention import split_attention
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.tuning import Gate, Measurement, StreamsMeasurement, Tuning, fastest, hardware_name
 
@@ -145,7 +146,7 @@ class _Exports:
         if "float" not in self._made:
             from model_store.runtimes.onnx_export import export_float
 
-            model = for_cls_alone(self._artefact.model())
+            model = split_attention(for_cls_alone(self._artefact.model()))
             self._made["float"] = export_float(Embedding(model, self._artefact.manifest.preprocessing))
         return self._made["float"]
 

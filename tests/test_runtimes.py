@@ -15,6 +15,7 @@ from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
 from model_store.runtimes.onnx_export import INPUT, OUTPUT, export_float
 from model_store.runtimes.runtime import KINDS, REFERENCE, RUNTIMES, RuntimeKind, runtime_kind
+from model_store.runtimes.split_attention import split_attention
 from model_store.runtimes.torch_runtime import Embedding
 
 CPU = torch.device("cpu")
@@ -129,7 +130,7 @@ def test_variants_tell_runtimes_and_exports_apart(load: Callable[[RuntimeKind], 
 
 @pytest.mark.slow
 def test_equal_weights_give_equal_exports(tiny_artefact: BackboneArtefact, float_export: bytes) -> None:
-    model = for_cls_alone(tiny_artefact.model())
+    model = split_attention(for_cls_alone(tiny_artefact.model()))
     again = export_float(Embedding(model, tiny_artefact.manifest.preprocessing))
     assert again == float_export
 
@@ -148,8 +149,22 @@ def test_int8_weights_take_a_quarter_of_the_bytes(export_of: MakeExport, float_e
     assert export is not None and len(export) < 0.35 * len(float_export)
     graph = onnx.load_model_from_string(export).graph
     quantised = [node for node in graph.node if node.op_type == "DequantizeLinear"]
-    # Query, key and value, projection and two MLP layers of each block; the last one's query is apart.
-    assert len(quantised) == 4 * 12 + 1
+    # Query, key, value, projection and two MLP layers of each block; the last one's key and value are one.
+    assert len(quantised) == 6 * 12 - 1
+
+
+def test_openvino_reads_keys_where_they_lie(float_export: bytes) -> None:
+    """No key is copied to be turned; what the graph says is not changed (the parity tests)."""
+    openvino = pytest.importorskip("openvino")
+    from model_store.runtimes.openvino_runtime import with_keys_as_they_lie
+
+    model = with_keys_as_they_lie(openvino.Core().read_model(float_export))
+    turning = [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() == "MatMul" and node.get_attributes()["transpose_b"]
+    ]
+    assert len(turning) == 11  # but the last block, where one token asks
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HERE if kind.export], ids=lambda kind: kind.name)

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from model_store.runtimes.split_attention import split_outputs
 from model_store.timm_import import load_timm
 
 
@@ -22,7 +23,8 @@ class ClsBlock(nn.Module):
         parts = cast(Any, block)  # timm's blocks have these attributes, of which torch's types know nothing
         attention = parts.attn
         self._head_shape: tuple[int, int] = (attention.num_heads, attention.head_dim)
-        self.query, self.key_value = _split(attention.qkv)
+        sizes = [attention.attn_dim, 2 * attention.attn_dim]
+        self.query, self.key_value = split_outputs(attention.qkv, sizes)
         self.query_norm, self.key_norm = attention.q_norm, attention.k_norm
         self.project = nn.Sequential(attention.norm, attention.proj, parts.ls1)
         self.before_attention, self.before_mlp = parts.norm1, parts.norm2
@@ -57,20 +59,3 @@ def for_cls_alone(model: nn.Module) -> nn.Module:
     if is_plain and getattr(last.attn, "gate", None) is None:
         parts.blocks[-1] = ClsBlock(last)
     return model
-
-
-def _split(qkv: nn.Linear) -> tuple[nn.Linear, nn.Linear]:
-    """The layers of the query and of keys and values, whose weights timm keeps as one."""
-    query_dim = qkv.out_features // 3
-    weights = qkv.weight.split([query_dim, 2 * query_dim])
-    biases = (None, None) if qkv.bias is None else qkv.bias.split([query_dim, 2 * query_dim])
-    return _linear(weights[0], biases[0]), _linear(weights[1], biases[1])
-
-
-def _linear(weight_OI: Tensor, bias_O: Tensor | None) -> nn.Linear:
-    num_outputs, num_inputs = weight_OI.shape
-    layer = nn.Linear(num_inputs, num_outputs, bias=bias_O is not None, device="meta")
-    layer.weight = nn.Parameter(weight_OI, requires_grad=False)
-    if bias_O is not None:
-        layer.bias = nn.Parameter(bias_O, requires_grad=False)
-    return layer

@@ -5,12 +5,14 @@ import os
 import numpy as np
 import openvino
 import torch
+from openvino import opset13 as opset
 from torch import Tensor
 
 # Activations of the int8 products share a scale over so many features of one token. Over a whole token
 # (768) the mean cosine of CLIP falls to 0.991, over 64 it stays at 0.999.
 ACTIVATION_GROUP = 64
 _HINT = {"float32": "f32", "int8": "f32", "bfloat16": "bf16", "int8-bfloat16": "bf16"}
+_PLAIN_PRODUCT = {"transpose_a": False, "transpose_b": False}
 
 
 class OpenVinoRuntime:
@@ -27,7 +29,7 @@ class OpenVinoRuntime:
         self._request = request
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        cls_BD = self._request.infer([pixels_BCHW.numpy()])[0]
+        cls_BD = self._request.infer([pixels_BCHW.numpy()], share_inputs=True)[0]
         return torch.from_numpy(np.array(cls_BD, dtype=np.float32))  # the next pass reuses the buffer
 
 
@@ -40,7 +42,7 @@ def load_openvino(export: bytes, precision: str, num_threads: int, num_streams: 
     """
     core = openvino.Core()
     compiled = core.compile_model(
-        core.read_model(export),
+        with_keys_as_they_lie(core.read_model(export)),
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": _HINT[precision],
@@ -51,6 +53,27 @@ def load_openvino(export: bytes, precision: str, num_threads: int, num_streams: 
         },
     )
     return [OpenVinoRuntime(compiled.create_infer_request()) for _ in range(num_streams)]
+
+
+def with_keys_as_they_lie(model: openvino.Model) -> openvino.Model:
+    """The model, its attention reading [B, N, H, F] keys by a product that turns its second factor.
+
+    ONNX has no such product, so that exports turn the keys before it; OpenVINO's attention kernel does it
+    while it reads them, in less time than the copy takes.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes() != _PLAIN_PRODUCT:
+            continue
+        turned = node.input_value(1).get_node()
+        if turned.get_type_name() == "Transpose" and _order_of(turned) == [0, 2, 3, 1]:
+            lying = opset.transpose(turned.input_value(0), np.array([0, 2, 1, 3]))
+            node.output(0).replace(opset.matmul(node.input_value(0), lying, False, True).output(0))
+    return model
+
+
+def _order_of(transpose: openvino.Node) -> list[int] | None:
+    order = transpose.input_value(1).get_node()
+    return order.get_data().tolist() if order.get_type_name() == "Constant" else None
 
 
 def _num_cores() -> int:

@@ -1,4 +1,4 @@
-"""The last block for the CLS token alone gives the vector of the whole block."""
+"""Models written for their graphs give the vectors of the models that timm makes."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from model_store.backbone import BackboneArtefact, build_model
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
+from model_store.runtimes.split_attention import SplitAttention, split_attention
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.timm_import import load_timm
 
@@ -61,6 +62,16 @@ def test_the_cls_vector_is_that_of_the_whole_block(options: dict[str, Any]) -> N
     torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_attention_written_out_gives_the_same_vector(options: dict[str, Any]) -> None:
+    model = model_of(PLAIN, **options)
+    whole_BD = embed(model)
+    assert split_attention(for_cls_alone(model)) is model
+    is_split = [isinstance(block.attn, SplitAttention) for block in model.blocks[:-1]]
+    assert set(is_split) == {not options.get("qk_norm", False)}
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+
+
 def test_the_other_tokens_are_not_computed() -> None:
     model = model_of(PLAIN)
     for_cls_alone(model)
@@ -71,7 +82,8 @@ def test_the_other_tokens_are_not_computed() -> None:
 def test_no_weight_is_lost_or_kept_twice(tiny_artefact: BackboneArtefact) -> None:
     model = tiny_artefact.model()
     before = sum(one.numel() for one in model.parameters())
-    assert sum(one.numel() for one in for_cls_alone(model).parameters()) == before
+    written = split_attention(for_cls_alone(model))
+    assert sum(one.numel() for one in written.parameters()) == before
 
 
 @pytest.mark.parametrize(
@@ -81,6 +93,6 @@ def test_no_weight_is_lost_or_kept_twice(tiny_artefact: BackboneArtefact) -> Non
 def test_another_architecture_stays_as_it_is(architecture: str) -> None:
     """Other blocks, or another use of the tokens behind them."""
     model = load_timm().create_model(architecture, num_classes=0)
-    last = model.blocks[-1]
-    for_cls_alone(model)
-    assert model.blocks[-1] is last
+    parts = [(block, getattr(block, "attn", None)) for block in model.blocks]
+    split_attention(for_cls_alone(model))
+    assert [(block, getattr(block, "attn", None)) for block in model.blocks] == parts
