@@ -7,7 +7,7 @@ ALL = (
     "registration",
     "propagation",
     "runtimes",
-    "last_block",
+    "graph_forms",
     "decoding",
     "training",
     "request_path",

@@ -40,7 +40,7 @@ def unseen_scores(
     rows = torch.arange(len(calibration), device=device) if rows is None else rows
     x_ND, label_N = calibration.cls_MD[rows], calibration.label_M[rows]
     if selector.screen is not None and not own_classes:
-        return _with_own_scores(selector, module, t, rows, selector.screened_scores(x_ND).double())
+        return _with_own_scores(selector, module, t, rows, selector.screened_scores(x_ND).score_BK.double())
     task = t if own_classes else None
     count_N = module.statistics.count_K.to(device)[label_N]
     inside_N = calibration.in_statistics_M[rows] & (count_N >= 2)
@@ -104,7 +104,7 @@ def _scores_of_samples(
             for t, module, row_N in zip(tasks, sampled, rows, strict=True)
         ]
     x_ND = torch.cat([module.calibration.cls_MD[row_N] for module, row_N in zip(sampled, rows, strict=True)])
-    parts = selector.screened_scores(x_ND).split([len(row_N) for row_N in rows])
+    parts = selector.screened_scores(x_ND).score_BK.split([len(row_N) for row_N in rows])
     return [
         _with_own_scores(selector, module, t, row_N, score_NK)
         for t, module, row_N, score_NK in zip(tasks, sampled, rows, parts, strict=True)

@@ -9,14 +9,14 @@ within-class covariance. It needs no training, adds up over tasks and can be tak
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from model_store.class_means import ALL_CLASSES, ClassMeans
 from model_store.errors import InvalidModule
-from model_store.screen import SCREEN_ERROR, ClassScreen
+from model_store.screen import ClassScreen
 from model_store.statistics import ROUNDING_EIGENVALUE, PooledStatistics, is_positive_definite
 
 Selection = Literal["lda", "entropy"]
@@ -33,6 +33,13 @@ SPAN_RIDGE = 1e-6
 # With more classes than this (and than features) a CPU screens them before it scores any exactly. A GPU
 # reads them all faster than it could choose.
 MAX_DENSE_CLASSES = 2048
+
+
+class ScreenedScores(NamedTuple):
+    """[B, K] float32 scores, and [B] how far those of a picture may be from the exact ones."""
+
+    score_BK: Tensor
+    error_B: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +200,18 @@ class WhitenedCosine:
         norm_C = torch.cat([self.norm_K[:0], *(self.norm_K[self.classes(t)] for t in tasks)])
         return whitened_cosine(query_BD @ offset_CD.T, norm_C, inside_B, whole_B)
 
-    def screened_scores(self, x_BD: Tensor) -> Tensor:
-        """[B, K] float32 scores within SCREENED_SCORE_ERROR of the exact ones, where classes are screened."""
+    def screened_scores(self, x_BD: Tensor) -> ScreenedScores:
+        """Scores of all classes, and how far off they may be, where classes are screened."""
         assert self.screen is not None, "only very many classes are screened"
-        return self.screen.cosines(x_BD.double() - self.centre_D) / _FULL_LENGTH
+        picture = self.screen.rounded(x_BD.double() - self.centre_D)
+        return ScreenedScores(
+            self.screen.cosines(picture).div_(_FULL_LENGTH), self.screen.error(picture) / _FULL_LENGTH
+        )
+
+    def screened_error(self, x_BD: Tensor) -> Tensor:
+        """[B] how far off the screened scores of [B, D] CLS vectors may be."""
+        assert self.screen is not None, "only very many classes are screened"
+        return self.screen.error(self.screen.rounded(x_BD.double() - self.centre_D)) / _FULL_LENGTH
 
     def lda_scores(self, x_BD: Tensor) -> Tensor:
         """[B, K] scores of plain LDA, g − q/2: the baseline."""
@@ -207,7 +222,6 @@ class WhitenedCosine:
 
 # Screened classes span all features, so that nothing lies outside and the score is the cosine by this.
 _FULL_LENGTH = math.sqrt(1.0 + OUTSIDE_SHARE)
-SCREENED_SCORE_ERROR = SCREEN_ERROR / _FULL_LENGTH
 
 
 def whitened_cosine(projection_BK: Tensor, norm_BK: Tensor, inside_B: Tensor, whole_B: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """How probable each task is for a picture: the scores of all classes, exact wherever it can matter."""
 # B batch, K classes of all tasks, C classes of some, T tasks, S label spaces, M calibration vectors
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from model_store.joint import JointModel
 from model_store.known_vectors import unseen_scores
-from model_store.selection import SCREENED_SCORE_ERROR, WhitenedCosine, task_log_probs
+from model_store.selection import WhitenedCosine, task_log_probs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +30,9 @@ class TaskWeighing:
         if self.selector.screen is None:
             score_BK = self.selector.scores(cls_BD)
         else:
-            screened_BK = self.selector.screened_scores(cls_BD)
-            score_BK = self._score_likely(cls_BD, screened_BK, self._likely_tasks(screened_BK, threshold))
+            screened_BK, error_B = self.selector.screened_scores(cls_BD)
+            likely_BT = self._likely_tasks(screened_BK, error_B, threshold)
+            score_BK = self._score_likely(cls_BD, screened_BK, likely_BT)
         return score_BK, self.log_probs(score_BK)
 
     def weigh_unseen(self, t: int, row_M: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +40,10 @@ class TaskWeighing:
         module = self.joint.modules[t].whole()
         score_MK = unseen_scores(self.selector, module, t, own_classes=False, rows=row_M)
         if self.selector.screen is not None:
-            likely_MT = self._likely_tasks(score_MK.float())
+            cls_MD = module.calibration.cls_MD[row_M].float()
+            likely_MT = self._likely_tasks(score_MK.float(), self.selector.screened_error(cls_MD))
             likely_MT[:, t] = False  # its own scores are those without the vector
-            score_MK = self._score_likely(module.calibration.cls_MD[row_M].float(), score_MK, likely_MT)
+            score_MK = self._score_likely(cls_MD, score_MK, likely_MT)
         return score_MK, self.log_probs(score_MK)
 
     def log_probs(self, score_BK: Tensor) -> Tensor:
@@ -59,20 +60,22 @@ class TaskWeighing:
     def neighbours(self, t: int, num: int) -> list[int]:
         """At most `num` other tasks, those first whose classes look most like those of task `t`."""
         mean_CD = self.joint.modules[t].mean_KD.to(self.task_of_class_K.device)
-        is_screened = self.selector.screen is not None
-        score_CK = self.selector.screened_scores(mean_CD) if is_screened else self.selector.scores(mean_CD)
+        if self.selector.screen is not None:
+            score_CK = self.selector.screened_scores(mean_CD).score_BK
+        else:
+            score_CK = self.selector.scores(mean_CD)
         best_T = score_CK.new_full((len(self.joint.modules),), -torch.inf)
         best_T.scatter_reduce_(0, self.task_of_class_K, score_CK.amax(dim=0), reduce="amax")
         best_T[t] = -torch.inf
         order: list[int] = best_T.argsort(descending=True, stable=True)[: min(num, len(best_T) - 1)].tolist()
         return order
 
-    def _likely_tasks(self, screened_BK: Tensor, threshold: float | None = None) -> Tensor:
+    def _likely_tasks(self, screened_BK: Tensor, error_B: Tensor, threshold: float | None = None) -> Tensor:
         """[B, T] whether a label of the task could be listed for the picture, given what the screen says."""
         prob_BS = self.joint.space_probs(self.log_probs(screened_BK))
         # A probability is a sum of exp(sharpness · score) divided by another, and so is the bound.
-        slack = math.exp(4.0 * self.joint.blend.sharpness * SCREENED_SCORE_ERROR)
-        likely_BS = prob_BS >= self.joint.least_listed(prob_BS, threshold)[:, None] / slack
+        slack_B = (4.0 * self.joint.blend.sharpness * error_B.double()).exp()
+        likely_BS = prob_BS >= (self.joint.least_listed(prob_BS, threshold) / slack_B)[:, None]
         return likely_BS[:, self.joint.spaces.space_of_task_T]
 
     def _score_likely(self, cls_BD: Tensor, score_BK: Tensor, likely_BT: Tensor) -> Tensor:

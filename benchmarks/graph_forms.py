@@ -1,0 +1,95 @@
+"""Graphs of one backbone: time of a pass, and how near their vectors are to those of the whole model.
+
+The model as timm makes it; its last block for the CLS token alone; and attention written out besides, as
+tuning exports it. The default backbone as it was tuned, and a ViT-Tiny with as many streams. Passes of the
+graphs take turns; speed-ups are medians of the turns' ratios to the whole model. TOSCA_BENCH_ROUNDS sets the
+turns (15).
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.machine import machine
+from benchmarks.serving import TINY
+from model_store.backbone import Backbone, BackboneArtefact
+from model_store.backbone_loading import load_backbone
+from model_store.backbone_sources import from_timm
+from model_store.measuring import embed_all, time_side_by_side
+from model_store.parity import read_labelled
+from model_store.runtimes.cls_block import for_cls_alone
+from model_store.runtimes.loading import make_export
+from model_store.runtimes.onnx_export import export_float
+from model_store.runtimes.runtime import runtime_kind
+from model_store.runtimes.split_attention import split_attention
+from model_store.runtimes.torch_runtime import Embedding
+from model_store.store import ModelStore
+
+DEMO = Path(".tosca")
+RESULT = Path(__file__).parent / "results" / "graph_forms.json"
+ROUNDS = int(os.environ.get("TOSCA_BENCH_ROUNDS", "15"))
+BATCH_SIZES = (1, 8)
+MAX_PICTURES = 60
+FORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "whole": lambda model: model,
+    "cls_alone": for_cls_alone,
+    "split_attention": lambda model: split_attention(for_cls_alone(model)),
+}
+
+
+def main() -> None:
+    about = machine()
+    store = ModelStore(DEMO / "store")
+    tuned = load_backbone(store)
+    default = store.backbone(store.require_head().backbone_fingerprint)
+    # An untrained backbone says nothing of int8's ranges: it stays in bfloat16.
+    kinds = {tuned.runtime_name: default, "openvino-bfloat16": from_timm(TINY, pretrained=False)}
+    rows = [
+        row for runtime, artefact in kinds.items() for row in compare(artefact, runtime, tuned.num_streams)
+    ]
+    RESULT.write_text(json.dumps({"machine": about, "rounds": ROUNDS, "rows": rows}, indent=2) + "\n")
+    print(json.dumps(rows))
+
+
+def compare(artefact: BackboneArtefact, runtime: str, num_streams: int) -> Iterator[dict[str, object]]:
+    preprocessing = artefact.manifest.preprocessing
+    kind = runtime_kind(runtime)
+    folder = DEMO / "demo" / "textiles" / "test"
+    pixels_NCHW = read_labelled({"textiles": folder}, preprocessing, MAX_PICTURES).pixels_NCHW
+    backbones = {}
+    for form, write in FORMS.items():
+        assert kind.export is not None, "a runtime that runs an export"
+        graph = export_float(Embedding(write(artefact.model()), preprocessing))
+        export = make_export(kind.export, graph, pixels_NCHW)
+        backbones[form] = Backbone.load(artefact, "cpu", runtime, export=export, num_streams=num_streams)
+    whole_ND = embed_all(backbones["whole"], pixels_NCHW)
+    for batch_size in BATCH_SIZES:
+        pixels_BCHW = pixels_NCHW[torch.arange(batch_size) % len(pixels_NCHW)]
+        seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+        for _ in range(ROUNDS + 1):
+            for form, backbone in backbones.items():
+                seconds[form].append(time_side_by_side(backbone, pixels_BCHW))
+        for form, backbone in backbones.items():
+            ratios = [whole / own for whole, own in zip(seconds["whole"], seconds[form], strict=True)]
+            cosine_N = torch.cosine_similarity(embed_all(backbone, pixels_NCHW), whole_ND, dim=1)
+            row: dict[str, object] = {
+                "backbone": artefact.manifest.architecture,
+                "runtime": runtime,
+                "streams": num_streams,
+                "batch_size": batch_size,
+                "form": form,
+                "images_per_s": num_streams * batch_size / statistics.median(seconds[form][1:]),
+                "speedup": statistics.median(ratios[1:]),
+                "min_cosine": float(cosine_N.min()),
+            }
+            print(row, flush=True)
+            yield row
+
+
+if __name__ == "__main__":
+    main()
