@@ -89,6 +89,7 @@ def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[st
     if server == OURS:
         tosca = str(Path(sys.executable).with_name("tosca"))
         return [tosca, "serve", "--store", served.store, "--port", str(port)], {
+            "TOSCA_LOG_LEVEL": "warning",  # no server here writes a line for every request
             "TOSCA_CLS_CACHE_BYTES": "0",
             "TOSCA_MAX_BATCH_SIZE": str(MAX_BATCH_SIZE),
             "TOSCA_TORCH_THREADS": str(served.threads),

@@ -1,7 +1,8 @@
 """This service against a plain FastAPI handler, LitServe, Ray Serve and BentoML: throughput and latency.
 
 **The same for all**: pictures, weights, the engine and precision that tuning chose, threads, the bank, the
-load, and the largest batch but for the plain handler, which runs a picture a pass.
+load, and the largest batch but for the plain handler, which runs a picture a pass. No server writes a line
+for every request.
 
 **Peers as their users write them** are the comparison. They run the whole timm model as torch exports it, one
 pass at a time on all threads of a worker, read pictures with Pillow, large JPEGs reduced (`Image.draft`), and
