@@ -118,6 +118,23 @@ def test_the_screen_is_never_further_off_than_it_says(
     assert float(error_B.max()) < 0.03
 
 
+def test_a_picture_along_a_rounding_error_is_as_far_off_as_the_bound_allows() -> None:
+    feature_dim = 64
+    means = ClassMeans.of([random_cls(30, feature_dim=feature_dim)], ["0" * 64])
+    sphere_DD = torch.eye(feature_dim, dtype=torch.float64)
+    screen = ClassScreen.fit(means, torch.zeros(feature_dim, dtype=torch.float64), sphere_DD)
+    [block] = screen.blocks.values()
+    exact_CD = torch.nn.functional.normalize(means.all().float() @ screen.whiten_DD, dim=1)
+    rounded_CD = block.direction.number_RD.float() * block.direction.scale_R[:, None]
+    off_CD = rounded_CD - exact_CD
+    k = int(off_CD.norm(dim=1).argmax())
+    picture = screen.rounded((off_CD[k] @ screen.whiten_DD.T)[None])  # whitening only turns here
+    cosine = torch.nn.functional.normalize(off_CD[k], dim=0) @ exact_CD[k]
+    off = float(screen.cosines(picture)[0, k] - cosine)
+    assert 0.8 * block.max_error < off < float(screen.error(picture))
+    assert float(screen.error(picture)) > block.max_error + float(picture.error_R)
+
+
 def test_a_direction_with_few_large_numbers_is_rounded_no_worse() -> None:
     """Turned at random, it has none."""
     feature_dim = 384

@@ -96,15 +96,15 @@ def check_light_backbone(
     results: Mapping[str, Any], costs: Costs, assumed: Mapping[str, float]
 ) -> list[Check]:
     """ViT-Tiny, where a request costs as much as its pass, as on a GPU. Its pass is fitted to one client and
-    to the backbone alone, so that one client is no check."""
+    to full batches as the server runs them, so that one client is no check."""
     if LIGHT_SCENARIO not in results["serving"]["scenarios"]:
         return []
     measured = results["serving"]["scenarios"][LIGHT_SCENARIO]
     replica = this_machine(costs, assumed, costs.backbone_pass)
     beside_s = replica.loop_s + replica.beside_loop_s + replica.decode_s + replica.client_s
     one_s = 1e-3 * measured["summary"]["one_client_p50_ms"]["tosca"] - beside_s
-    alone = measured["alone"]
-    fitted = Pass.through(one_s, alone["batch_size"] / alone["images_per_s"], alone["batch_size"])
+    full = measured["side_by_side"]
+    fitted = Pass.through(one_s, full["batch_size"] / full["images_per_s"], full["batch_size"])
     return check_serving(results, LIGHT_SCENARIO, replace(replica, backbone_pass=fitted))[1:]
 
 
