@@ -118,6 +118,27 @@ def test_the_screen_is_never_further_off_than_it_says(
     assert float(error_B.max()) < 0.03
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_no_listed_task_escapes_a_screen_that_is_as_far_off_as_it_may_be(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its score is too low by the whole error, and those of all other tasks are too high."""
+    error = 0.02
+    bank, _ = both_ways(many(seed=seed), monkeypatch, sharpness=40.0)
+    x_BD = near(bank, 12, seed)
+    assert bank.selector is not None
+    exact_BK = bank.selector.scores(x_BD)
+    num_listed = 0
+    for b, answer in enumerate(bank.answer(x_BD, top_k=EVERYTHING)):
+        for task in {answer.task, *(one.task for one in answer.alternatives)}:
+            t = bank._find(task)
+            off_K = torch.where(bank.task_of_class_K == t, -error, error)
+            screened_1K = (exact_BK[b] + off_K)[None].float()
+            assert bank._weighing._likely_tasks(screened_1K, torch.tensor([error]))[0, t]
+            num_listed += 1
+    assert num_listed > len(x_BD), "some pictures list several tasks"
+
+
 def test_a_picture_along_a_rounding_error_is_as_far_off_as_the_bound_allows() -> None:
     feature_dim = 64
     means = ClassMeans.of([random_cls(30, feature_dim=feature_dim)], ["0" * 64])
