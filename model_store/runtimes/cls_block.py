@@ -11,8 +11,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from model_store.runtimes.split_attention import split_outputs
-from model_store.timm_import import load_timm
+from model_store.runtimes.split_attention import plain_blocks, split_outputs
 
 
 class ClsBlock(nn.Module):
@@ -44,18 +43,12 @@ class ClsBlock(nn.Module):
 
 
 def for_cls_alone(model: nn.Module) -> nn.Module:
-    """The model, its last block now for the CLS token alone where its parts are known to allow it.
+    """The model, its last block now for the CLS token alone where that is a plain one.
 
-    Those are timm's plain ViTs; a model with other blocks, or one that uses the other tokens after them,
-    stays as it is.
+    Any other model, or one that uses the other tokens after its blocks, stays as it is.
     """
-    timm = load_timm()
-    vision_transformer = timm.models.vision_transformer
-    if type(model) is not vision_transformer.VisionTransformer:
-        return model
-    parts = cast(Any, model)
-    last = parts.blocks[-1]
-    is_plain = type(last) is vision_transformer.Block and type(last.attn) is vision_transformer.Attention
-    if is_plain and getattr(last.attn, "gate", None) is None:
-        parts.blocks[-1] = ClsBlock(last)
+    if plain := plain_blocks(model):
+        blocks = cast(Any, model).blocks
+        if plain[-1] is blocks[-1]:
+            blocks[-1] = ClsBlock(blocks[-1])
     return model

@@ -35,28 +35,33 @@ class SplitAttention(nn.Module):
 
 
 def split_attention(model: nn.Module) -> nn.Module:
-    """The model, attention written out in the blocks whose parts are known to allow it: those of timm's plain
-    ViTs, which are the same but for rounding."""
-    vision_transformer = load_timm().models.vision_transformer
-    if type(model) is not vision_transformer.VisionTransformer:
-        return model
-    for block in cast(Any, model).blocks:
-        if type(block) is vision_transformer.Block and _is_plain(block.attn):
+    """The model, attention written out in its plain blocks without norms of queries and keys, which are the
+    same but for rounding."""
+    for block in plain_blocks(model):
+        if all(isinstance(one, nn.Identity) for one in (block.attn.q_norm, block.attn.k_norm)):
             block.attn = SplitAttention(block.attn)
     return model
+
+
+def plain_blocks(model: nn.Module) -> list[Any]:
+    """The blocks whose parts are known: those of timm's plain ViTs, exactly these classes; none of another
+    model, which may use its tokens otherwise."""
+    vision_transformer = load_timm().models.vision_transformer
+    if type(model) is not vision_transformer.VisionTransformer:
+        return []
+    return [
+        block
+        for block in cast(Any, model).blocks
+        if type(block) is vision_transformer.Block
+        and type(block.attn) is vision_transformer.Attention
+        and getattr(block.attn, "gate", None) is None
+    ]
 
 
 def split_outputs(layer: nn.Linear, sizes: list[int]) -> list[nn.Linear]:
     """Layers that each give so many of the outputs of one."""
     biases = [None] * len(sizes) if layer.bias is None else layer.bias.split(sizes)
     return [_linear(*parts) for parts in zip(layer.weight.split(sizes), biases, strict=True)]
-
-
-def _is_plain(attention: Any) -> bool:
-    if type(attention) is not load_timm().models.vision_transformer.Attention:
-        return False
-    norms = (attention.q_norm, attention.k_norm)
-    return getattr(attention, "gate", None) is None and all(isinstance(one, nn.Identity) for one in norms)
 
 
 def _scaled(layer: nn.Linear, factor: float) -> nn.Linear:
