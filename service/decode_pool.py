@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from torch import Tensor
 
 from model_store.compute_threads import use_one_compute_thread
 from model_store.decoding import ImageLimits
+from model_store.deferred import NotInMemory, from_memory_alone
 from model_store.errors import ToscaError
 from model_store.preprocess import Preprocessing, open_picture
 from service.cls_cache import ClsCache
 from service.device_queue import Waiting
+from service.loader import make_readers
 from service.metrics import Metrics
 from service.pixel_budget import PixelBudget
 from service.questions import Question, TimedAnswer, check_finite
@@ -48,10 +51,12 @@ class DecodePool:
         self._metrics = metrics
         self._submit = submit
         self._threads = ThreadPoolExecutor(num_threads, "decode", _work_in_bulk)
+        self._readers = make_readers()
 
     def stop(self) -> None:
         """Finish what was begun."""
         self._threads.shutdown()
+        self._readers.shutdown()
 
     def send(self, pictures: Sequence[bytes] | Tensor, question: Question, deadline: float) -> list[Waiting]:
         """The places in the house of encoded pictures or [B, 3, H, W] uint8 pixels; each place's future gets
@@ -60,21 +65,36 @@ class DecodePool:
         The device sees none of them before all are decoded: when one cannot be, all futures get its fault,
         and no pass is spent on the others.
         """
-        request = _Request([Waiting(question, deadline) for _ in pictures], self._submit)
-        for place, picture in enumerate(pictures):
-            self._threads.submit(self._prepare, request, place, picture)
+        request = _Request([Waiting(question, deadline, picture) for picture in pictures], self._submit)
+        for place in range(len(request.entries)):
+            self._threads.submit(self._from_memory, partial(self._prepare, request, place))
         return request.entries
 
     def send_vectors(self, cls_BD: Tensor, question: Question) -> "Future[list[TimedAnswer]]":
         """Answers to [B, D] float32 CLS vectors, which need no device."""
-        return self._threads.submit(self._answer_known, cls_BD, question, time.monotonic())
+        answers: Future[list[TimedAnswer]] = Future()
+        work = partial(self._answer_vectors, answers, cls_BD, question, time.monotonic())
+        self._threads.submit(self._from_memory, work)
+        return answers
 
-    def _prepare(self, request: "_Request", place: int, picture: bytes | Tensor) -> None:
+    def _from_memory(self, work: Callable[[], None]) -> None:
+        """Do what needs no module that must be read; others shall not wait for the store."""
+        try:
+            with from_memory_alone():
+                work()
+        except NotInMemory:
+            self._readers.submit(work)
+
+    def _prepare(self, request: "_Request", place: int) -> None:
+        """Raises NotInMemory, and is to be called again then."""
         entry = request.entries[place]
         fault = None
         try:
-            if not entry.future.cancelled():
+            if (picture := entry.picture) is not None:  # else its client left
                 self._decode(entry, picture)
+                entry.picture = None
+        except NotInMemory:
+            raise
         except Exception as error:  # of whatever kind, it is this picture's
             fault = _without_frames(error) if isinstance(error, ToscaError) else error
         request.tell_ready(place, fault)
@@ -96,8 +116,26 @@ class DecodePool:
             entry.pixels = picture
         entry.decode = Interval(started, time.monotonic())
 
+    def _answer_vectors(
+        self, answers: "Future[list[TimedAnswer]]", cls_BD: Tensor, question: Question, began_at: float
+    ) -> None:
+        """Raises NotInMemory, and is to be called again then."""
+        if answers.cancelled():
+            return
+        try:
+            given = self._answer_known(cls_BD, question, began_at)
+        except NotInMemory:
+            raise
+        except Exception as error:
+            tell = partial(answers.set_exception, error)
+        else:
+            tell = partial(answers.set_result, given)
+        if answers.set_running_or_notify_cancel():
+            tell()
+
     def _answer_known(self, cls_BD: Tensor, question: Question, began_at: float) -> list[TimedAnswer]:
-        """Answers that need no pass. A bank never changes: it may be asked beside the inference threads."""
+        """Answers that need no pass. A bank never changes: it may be asked beside the inference threads.
+        Raises NotInMemory."""
         answering_at = time.monotonic()
         answers, modules = question.answer(cls_BD)
         for answer in answers:

@@ -33,6 +33,7 @@ class Waiting:
 
     question: Question
     deadline: float
+    picture: bytes | Tensor | None = None  # as it came, until it is decoded
     key: bytes = b""  # in the CLS cache
     pixels: Tensor = _NO_PIXELS
     decode: Interval = _NEVER
@@ -42,7 +43,7 @@ class Waiting:
     def drop(self) -> None:
         """Nobody waits for it: unless its pass has begun, its memory is free at once."""
         if self.future.cancel():
-            self.pixels = _NO_PIXELS
+            self.picture, self.pixels = None, _NO_PIXELS
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,25 +9,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from model_store.backbone import Backbone
-from model_store.compute_threads import use_one_compute_thread
 from model_store.deferred import NotInMemory, from_memory_alone
 from service.cls_cache import ClsCache
 from service.device_queue import Batch, DeviceQueue, Waiting
 from service.errors import DeadlineExceeded, DeviceOutOfMemory, EngineStopped, NotFinite
+from service.loader import make_readers
 from service.metrics import Metrics
 from service.questions import TimedAnswer, check_finite
 from service.timings import Interval, Timings
 
 log = logging.getLogger("tosca.engine")
-# Threads that answer questions whose modules must be read first.
-_NUM_READERS = 4
 
 
 class Inference:
@@ -56,7 +53,7 @@ class Inference:
             for stream in range(backbone.num_streams)
         ]
         self._num_compute_threads = 1  # what the starting thread has, once it starts
-        self._readers = ThreadPoolExecutor(_NUM_READERS, "module-reader", use_one_compute_thread)
+        self._readers = make_readers()
         self.has_died = False
 
     def start(self) -> None:

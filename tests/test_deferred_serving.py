@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from pictures import encoded, noise
 
@@ -96,6 +97,36 @@ async def test_a_module_that_is_being_read_holds_up_its_own_pictures_alone(
         [expected] = await engine.answer(PICTURES[:1], Question(whole, task="birds"))
         assert answer.answer.label == expected.answer.label
         assert answer.answer.confidence == pytest.approx(expected.answer.confidence, abs=1e-6)
+
+
+async def test_known_pictures_whose_module_is_being_read_leave_decoding_to_others(
+    tiny_backbone: Backbone, files: list[ModuleFile]
+) -> None:
+    """More of them than there are threads for decoding; vectors in place of pictures, too."""
+    birds, cars = files
+    gate = threading.Event()
+
+    def load(sha256: str) -> TaskModule:
+        if sha256 == birds.sha256:
+            assert gate.wait(60.0)
+        return birds.module if sha256 == birds.sha256 else cars.module
+
+    slow, whole = bank_of(files, load), bank_of(files)
+    with Engine(tiny_backbone, Settings(decode_threads=1)) as engine:
+        known = await engine.answer(PICTURES, Question(slow, task="cars"))
+        waiting = [
+            asyncio.create_task(engine.answer([one], Question(slow, task="birds"))) for one in PICTURES
+        ]
+        vectors = torch.stack([one.cls_D for one in known])
+        waiting.append(asyncio.create_task(engine.answer(vectors, Question(slow, task="birds"))))
+        async with asyncio.timeout(30.0):
+            assert await engine.answer([encoded(noise(4, seed=4))], Question(slow, task="cars"))
+            assert await engine.answer(vectors, Question(slow, task="cars"))
+        assert not any(one.done() for one in waiting)
+        gate.set()
+        given = [answer.answer for one in waiting for answer in await one]
+        expected = [one.answer for one in await engine.answer(PICTURES, Question(whole, task="birds"))]
+        assert [one.label for one in given] == 2 * [one.label for one in expected]
 
 
 async def test_a_module_that_cannot_be_read_is_told_to_those_who_wait_for_it(

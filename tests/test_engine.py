@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gated import GatedBackbone
 from PIL import Image
 from torch import Tensor
 
@@ -27,29 +28,6 @@ from service.inference import Inference
 from service.metrics import Metrics
 from service.questions import Question
 from service.settings import Settings
-
-
-class GatedBackbone:
-    """A backbone whose passes wait for `gate`, and fail on a picture whose first pixel is `poison`."""
-
-    def __init__(self, inner: Backbone, poison: int = -1) -> None:
-        self.inner = inner
-        self.poison = poison
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Semaphore(0)
-        self.batch_sizes: list[int] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        self.batch_sizes.append(len(pixels_BCHW))
-        self.entered.release()
-        assert self.gate.wait(60.0)
-        if bool((pixels_BCHW[:, 0, 0, 0] == self.poison).any()):
-            raise RuntimeError("poisoned picture")
-        return self.inner.embed(pixels_BCHW)
 
 
 def picture(value: int) -> bytes:
@@ -162,6 +140,14 @@ async def test_full_queue_refuses_with_a_time_to_retry(backbone: GatedBackbone, 
         assert await engine.answer([picture(3)], Question(bank))
 
 
+async def test_the_bound_of_the_queue_counts_pictures(backbone: GatedBackbone, bank: ModuleBank) -> None:
+    with Engine(backbone, settings(max_queued_images=2)) as engine:
+        with pytest.raises(Overloaded):
+            await engine.answer([picture(i) for i in range(3)], Question(bank))
+        assert engine.num_admitted == 0
+        assert len(await engine.answer([picture(i) for i in range(2)], Question(bank))) == 2
+
+
 async def test_deadline_frees_the_place_in_the_queue(backbone: GatedBackbone, bank: ModuleBank) -> None:
     with Engine(backbone, settings(request_timeout_s=0.05)) as engine:
         backbone.gate.clear()
@@ -236,6 +222,34 @@ async def test_a_picture_given_up_amid_its_decoding_never_waits_for_the_device(
         )  # its only thread is through
         assert engine.num_queued == 0
         backbone.gate.set()
+        await first
+
+
+async def test_a_picture_whose_client_left_before_its_decoding_is_freed(
+    backbone: GatedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many come and go while the decoding threads are busy."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Tensor:
+        inside.set()
+        assert go_on.wait(60.0)
+        return to_pixels(*given)
+
+    data = picture(1)
+    with Engine(backbone, settings(decode_threads=1)) as engine:
+        monkeypatch.setattr("model_store.preprocess.to_pixels", slow)
+        first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
+        await asyncio.to_thread(inside.wait, 60.0)
+        before = sys.getrefcount(data)
+        gone = asyncio.create_task(engine.answer([data], Question(bank)))
+        await asyncio.sleep(0.01)
+        assert sys.getrefcount(data) > before
+        gone.cancel()
+        await asyncio.wait([gone])
+        del gone
+        assert sys.getrefcount(data) == before
+        go_on.set()
         await first
 
 
