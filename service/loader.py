@@ -11,7 +11,8 @@ _NUM_READERS = 4
 
 
 def make_loader(niceness: int) -> ThreadPoolExecutor:
-    """One thread that changes the active set: it computes by itself and leaves processors to answers by `niceness` (0 … 19, Linux)."""
+    """One thread that changes the active set. It computes by itself, and leaves processors to answers by
+    `niceness` (0 … 19, Linux)."""
 
     def yield_to_answers() -> None:
         use_one_compute_thread()
