@@ -188,6 +188,18 @@ def test_one_bomb_among_several_pictures_refuses_its_request_and_names_itself(cl
     assert "picture 1" in response.json()["detail"]
 
 
+def test_more_pictures_than_a_request_may_have_are_refused(
+    client: TestClient, tiny_backbone: Backbone
+) -> None:
+    images = client.post("/predict", json={"images": [base64.b64encode(PICTURE).decode()] * 5})
+    assert images.status_code == 422
+    assert "5 pictures in one request, at most 4 are allowed" in images.json()["detail"]
+    vectors = [[0.0] * tiny_backbone.feature_dim] * 5
+    cls = client.post("/predict", json={"cls": vectors, "backbone_fingerprint": tiny_backbone.fingerprint})
+    assert cls.status_code == 422
+    assert client.post("/predict", **multipart(*[part("image", PICTURE)] * 5)).status_code == 422
+
+
 # -- polyglots: files that are two things; what is read is the picture ------------------------------------
 
 
