@@ -46,8 +46,8 @@ class Inquiry:
         return cls(engine, settings, bank, timeout_s, started_at)
 
     def check_count(self, num_pictures: int) -> None:
-        """Raises InvalidRequest for more pictures than one request may have."""
-        limit = self.settings.max_images_per_request
+        """Raises InvalidRequest for more pictures than one request may have, or than may ever wait."""
+        limit = min(self.settings.max_images_per_request, self.settings.max_queued_images)
         if num_pictures > limit:
             raise InvalidRequest(f"{num_pictures} pictures in one request, at most {limit} are allowed")
 

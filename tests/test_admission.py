@@ -293,6 +293,17 @@ def test_a_full_service_refuses_before_it_reads_the_body(client: TestClient) -> 
     assert client.post("/predict", content=encoded(noise())).status_code == 200
 
 
+def test_more_pictures_than_may_ever_wait_are_not_told_to_come_again(
+    tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
+) -> None:
+    tiny_store.publish(with_task("birds", tiny_store.put_module(make_module("birds"))), "add birds")
+    settings = Settings(store=tiny_store.url, store_poll_s=0.0, max_queued_images=2)
+    with TestClient(create_app(settings, tiny_backbone)) as client:
+        files = [("image", encoded(noise()))]
+        assert client.post("/predict", files=3 * files).status_code == 422
+        assert client.post("/predict", files=2 * files).status_code == 200
+
+
 async def test_a_refusal_asks_neither_for_the_body_nor_for_anything_behind_it() -> None:
     def check_room() -> None:
         raise Overloaded("full", retry_after_s=7.0)
