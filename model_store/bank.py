@@ -202,12 +202,14 @@ class ModuleBank:
         selection: Selection = "lda",
         task: str | None = None,
         top_k: int = 5,
+        every_label: bool = False,
         coverage: float | None = None,
         abstain_level: float = 0.0,
         on_stage: Callable[[Stage], None] = lambda _: None,
     ) -> list[Answer]:
         """Answer each of [B, D] float32 CLS vectors for itself; with `task`, that module decides.
 
+        With `task` and `every_label` all its labels are listed, however improbable, whatever `top_k` is.
         With `coverage` in (0, 1) every answer carries the prediction set that holds the true label with
         that probability. A picture is abstained on when its p-value is at most `abstain_level`, or the
         level of the answering task where its module states one. `on_stage` is told the end of each stage,
@@ -219,8 +221,11 @@ class ModuleBank:
             raise InvalidRequest("no task is registered yet: register a module file first")
         cls_BD = cls_BD.to(self.device, torch.float32)
         threshold = None
+        least_listed = MIN_ALTERNATIVE_PROBABILITY
         if task is not None:
             t = self._find(task)
+            if every_label:
+                top_k, least_listed = len(self.modules[t].labels), 0.0
             if coverage is not None:
                 threshold = coverage_threshold(self._known_vectors_of(t).true_probability_M, coverage)
             joint, log_task_BT = self._joint_within(t), self._certain_of(t, cls_BD)
@@ -241,7 +246,9 @@ class ModuleBank:
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
         p_values = self._p_values(score_BK, winner_B)
         return [
-            self._compose(one, task_probability, p_value, top_k, threshold, abstain_level)
+            self._compose(
+                one, task_probability, p_value, top_k, threshold, abstain_level, least_listed=least_listed
+            )
             for one, task_probability, p_value in zip(found, task_prob_B, p_values, strict=True)
         ]
 
@@ -329,6 +336,7 @@ class ModuleBank:
         threshold: float | None,
         abstain_level: float,
         module_index: int | None = None,
+        least_listed: float = MIN_ALTERNATIVE_PROBABILITY,
     ) -> Answer:
         best, *others = (self._choice(entry) for entry in found.entries)
         answering = self.modules[found.entries[0].task]
@@ -342,9 +350,7 @@ class ModuleBank:
             label=best.label,
             confidence=best.probability,
             task_probability=task_probability,
-            alternatives=tuple(
-                one for one in others[: top_k - 1] if one.probability >= MIN_ALTERNATIVE_PROBABILITY
-            ),
+            alternatives=tuple(one for one in others[: top_k - 1] if one.probability >= least_listed),
             p_value=p_value,
             abstained=p_value <= level,
             prediction_set=prediction_set,

@@ -23,6 +23,7 @@ class Wishes:
     top_k: int = 5
     selection: Selection = "lda"
     coverage: float | None = None
+    every_label: bool = False  # of the named task, however improbable
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Inquiry:
             wishes.selection,
             wishes.task,
             wishes.top_k,
+            wishes.every_label,
             wishes.coverage,
             self.settings.abstain_level,
         )

@@ -22,13 +22,15 @@ class Question:
     selection: Selection = "lda"
     task: str | None = None
     top_k: int = 5
+    every_label: bool = False  # of the named task
     coverage: float | None = None
     abstain_level: float = 0.0
 
     @property
-    def kind(self) -> tuple[int, str, str, int, float]:
+    def kind(self) -> tuple[int, str, str, int, bool, float]:
         """Equal for questions that one call of their bank can answer; the abstain level is the server's."""
-        return self.bank.revision, self.selection, self.task or "", self.top_k, self.coverage or 0.0
+        task, coverage = self.task or "", self.coverage or 0.0
+        return self.bank.revision, self.selection, task, self.top_k, self.every_label, coverage
 
     def answer(self, cls_BD: Tensor) -> tuple[list[Answer], Interval]:
         """What the bank answers, whether a pass or a cache gave the vectors; and when its modules ran."""
@@ -38,6 +40,7 @@ class Question:
             selection=self.selection,
             task=self.task,
             top_k=self.top_k,
+            every_label=self.every_label,
             coverage=self.coverage,
             abstain_level=self.abstain_level,
             on_stage=lambda stage: ended_at.update({stage: time.monotonic()}),

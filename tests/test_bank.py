@@ -378,6 +378,17 @@ def test_asking_for_one_gives_the_first_of_many(selection: str) -> None:
         assert one.confidence == pytest.approx(all_five.confidence, abs=1e-6)
 
 
+def test_every_label_of_a_named_task_is_listed_when_asked_for() -> None:
+    bank = build_bank([random_module("ants", num_classes=10, spread=0.1), *random_modules(3, seed=1)[1:]])
+    x_BD = bank.modules[0].statistics.mean_KD.float()
+    some = bank.answer(x_BD, task="ants", top_k=EVERYTHING)
+    for short, whole in zip(some, bank.answer(x_BD, task="ants", top_k=1, every_label=True), strict=True):
+        assert len(listed(short)) < len(listed(whole)) == 10
+        assert listed(whole)[: len(listed(short))] == listed(short)
+        assert {one[1:] for one in listed(whole)} == {("ants", f"ants-{k}") for k in range(10)}
+        assert sum(one[0] for one in listed(whole)) == pytest.approx(1.0)
+
+
 def test_the_receipt_names_the_winning_module() -> None:
     bank = build_bank(random_modules(4))
     for answer in bank.answer(near(bank, 20)):

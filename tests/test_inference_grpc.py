@@ -14,8 +14,10 @@ import grpc
 import numpy as np
 import pytest
 from pictures import encoded, noise
+from synthetic import make_features
 
 from model_store.backbone import Backbone
+from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
 from model_store.store import ModelStore, with_task
 from service.app import create_app
 from service.errors import CannotListen
@@ -123,6 +125,27 @@ async def test_answers_are_those_of_the_engine(client: Client) -> None:
     by_raw.inputs[0].ClearField("contents")
     by_raw.raw_input_contents.append(raw)
     assert texts(await client("ModelInfer", by_raw), "label") == texts(response, "label")
+
+
+async def test_a_confident_task_gives_a_probability_for_each_of_its_labels(
+    settings: Settings, tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
+) -> None:
+    sha256 = tiny_store.put_module(make_module("digits", num_classes=10))
+    tiny_store.publish(with_task("digits", sha256), "add digits")
+    cls_ND = make_features("digits", num_classes=10).cls_ND[::16].numpy().astype("<f4")
+    tensor = pb.ModelInferRequest.InferInputTensor(name="cls", datatype="FP32", shape=[4, 192])
+    fingerprint = pb.InferParameter(string_param=tiny_backbone.fingerprint)
+    request = pb.ModelInferRequest(
+        model_name="digits",
+        inputs=[tensor],
+        raw_input_contents=[cls_ND[:4].tobytes()],
+        parameters={"backbone_fingerprint": fingerprint},
+    )
+    async with running(settings, tiny_backbone) as client:
+        response = await client("ModelInfer", request)
+    probabilities = np.frombuffer(raw_output(response, "probability"), "<f4").reshape(4, 10)
+    assert (probabilities < MIN_ALTERNATIVE_PROBABILITY).any(axis=1).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
 
 
 async def test_health_and_metadata(client: Client) -> None:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from pictures import encoded, noise
 from starlette.testclient import TestClient
+from synthetic import make_features
 
 from model_store.backbone import Backbone
+from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
 from model_store.preprocess import load_pixels
 from model_store.store import ModelStore
 from service.settings import Settings
@@ -88,6 +90,24 @@ def test_a_task_gives_a_probability_for_each_of_its_labels(client: TestClient) -
     assert set(given["task"]) == {"birds"}
     assert response.json()["id"] == "order-66"
     assert response.json()["model_version"] == client.get("/tasks/birds").json()["module_sha256"]
+
+
+def test_a_confident_task_gives_a_probability_for_each_of_its_labels_too(
+    client: TestClient, make_module: MakeModule
+) -> None:
+    assert client.post("/tasks", content=make_module("digits", num_classes=10)).status_code == 201
+    cls_ND = make_features("digits", num_classes=10).cls_ND[::16].numpy().astype("<f4")
+    parameters = {"backbone_fingerprint": client.get("/health/ready").json()["backbone_fingerprint"]}
+    body, headers = as_binary("cls", "FP32", [4, 192], cls_ND[:4].tobytes(), parameters=parameters)
+    given = values_of(client.post("/v2/models/digits/infer", content=body, headers=headers))
+    probabilities = np.reshape(given["probability"], (4, 10))
+    assert (probabilities < MIN_ALTERNATIVE_PROBABILITY).any(axis=1).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1.0, atol=1e-5)
+    assert [given["labels"][k] for k in probabilities.argmax(axis=1)] == given["label"]
+    asked = {"cls": cls_ND[:4].tolist(), "task": "digits", **parameters}
+    native = client.post("/predict", json=asked).json()["predictions"]
+    for text, one in zip(given["alternatives"], native, strict=True):
+        assert_same_choices(json.loads(text), one["alternatives"])
 
 
 def test_pixels_that_a_client_normalised_answer_as_the_picture(

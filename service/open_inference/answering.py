@@ -15,6 +15,7 @@ from torch import Tensor
 from model_store.answers import Answer, Choice
 from model_store.backbone import Backbone
 from model_store.errors import InvalidRequest
+from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
 from model_store.preprocess import Preprocessing
 from model_store.selection import Selection
 from service.open_inference.models import Model
@@ -80,7 +81,7 @@ async def infer(
     inquiry.check_top_k(top_k)
     names = _chosen_outputs(model, request)
     pictures = await _pictures(request, backbone, inquiry)
-    wishes = Wishes(model.task, max(top_k, len(model.labels)), parameters.selection, parameters.coverage)
+    wishes = Wishes(model.task, top_k, parameters.selection, parameters.coverage, "probability" in names)
     if parameters.timeout:
         inquiry = replace(inquiry, timeout_s=min(inquiry.timeout_s, parameters.timeout / 1e6))
     answers = [one.answer for one in await inquiry.answer(pictures, wishes)]
@@ -156,7 +157,7 @@ def _output(name: str, model: Model, answers: Sequence[Answer], top_k: int) -> O
         case "receipt":
             return OutputTensor.of_texts(name, [json.dumps(asdict(one.receipt)) for one in answers])
         case "alternatives":
-            return OutputTensor.of_texts(name, [_listed(one.alternatives[: top_k - 1]) for one in answers])
+            return OutputTensor.of_texts(name, [_listed(_likely(one, top_k)) for one in answers])
         case "prediction_set":
             return OutputTensor.of_texts(name, [_listed(one.prediction_set or ()) for one in answers])
         case "probability":
@@ -167,11 +168,17 @@ def _output(name: str, model: Model, answers: Sequence[Answer], top_k: int) -> O
             raise AssertionError(f"output {name!r} was checked against those of the model")
 
 
+def _likely(answer: Answer, top_k: int) -> list[Choice]:
+    """The alternatives that `POST /predict` lists, of an answer that may hold every label."""
+    likely = (one for one in answer.alternatives if one.probability >= MIN_ALTERNATIVE_PROBABILITY)
+    return list(likely)[: top_k - 1]
+
+
 def _listed(choices: Sequence[Choice]) -> str:
     return json.dumps([asdict(one) for one in choices], ensure_ascii=False)
 
 
 def _probabilities(model: Model, answer: Answer) -> list[float]:
-    """[K] what a named task gives each of its labels; the answer lists all of them."""
+    """[K] what a named task gives each of its labels; the answer lists every one."""
     found = {one.label: one.probability for one in answer.alternatives} | {answer.label: answer.confidence}
     return [found[label] for label in model.labels]
