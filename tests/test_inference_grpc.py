@@ -26,6 +26,8 @@ from service.open_inference import inference_pb2 as pb
 from service.open_inference.grpc_guard import CODE_OF
 from service.open_inference.grpc_server import serving_grpc
 from service.open_inference.grpc_service import SERVICE
+from service.open_inference.messages import MAX_INPUTS, MAX_PARAMETERS
+from service.open_inference.tensors import MAX_SIDES
 from service.problems import STATUS_OF
 from service.routes.state import ServiceState
 from service.settings import Settings
@@ -195,6 +197,23 @@ async def test_faults_have_codes_and_say_what_is_wrong(client: Client) -> None:
     assert "both contents and raw" in (await client.refused("ModelInfer", both)).details()
     two = asking(raw_input_contents=[b"", b""])
     assert "2 raw_input_contents for 1 inputs" in (await client.refused("ModelInfer", two)).details()
+
+
+async def test_a_message_lists_no_more_than_a_json_body(client: Client) -> None:
+    sides, inputs, outputs, parameters = (asking() for _ in range(4))
+    sides.inputs[0].shape.extend([1] * MAX_SIDES)
+    inputs.inputs.extend([sides.inputs[0]] * MAX_INPUTS)
+    outputs.outputs.extend([pb.ModelInferRequest.InferRequestedOutputTensor(name="label")] * 101)
+    for i in range(MAX_PARAMETERS + 1):
+        parameters.parameters[str(i)].bool_param = True
+    for request, fault in (
+        (sides, "input 'image' has 9 sides, at most 8"),
+        (inputs, "9 inputs and 0 outputs: at most 8 and 100"),
+        (outputs, "1 inputs and 101 outputs: at most 8 and 100"),
+        (parameters, "101 parameters, at most 100"),
+    ):
+        refused = await client.refused("ModelInfer", request)
+        assert refused.code() == Code.INVALID_ARGUMENT and fault in refused.details(), refused.details()
 
 
 async def test_a_call_may_ask_for_a_minimum_revision(

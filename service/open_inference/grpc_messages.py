@@ -9,8 +9,9 @@ from service.open_inference.inference_pb2 import (
     ModelInferRequest,
     ModelInferResponse,
 )
+from service.open_inference.messages import MAX_INPUTS, MAX_OUTPUTS, MAX_PARAMETERS
 from service.open_inference.models import Model
-from service.open_inference.tensors import InputTensor, OutputTensor
+from service.open_inference.tensors import MAX_SIDES, InputTensor, OutputTensor
 
 # Of the HTTP form, which KServe's client writes here too: over gRPC, outputs and what it sends are raw.
 _IGNORED = {"binary_data", "binary_data_size"}
@@ -19,11 +20,20 @@ _CONTENTS = {"BYTES": "bytes_contents", "FP32": "fp32_contents"}
 
 def read_infer_message(message: ModelInferRequest, max_elements: int) -> InferenceRequest:
     """`max_elements`: values that a tensor may list instead of giving them raw. Raises InvalidRequest."""
+    if len(message.inputs) > MAX_INPUTS or len(message.outputs) > MAX_OUTPUTS:
+        raise InvalidRequest(
+            f"{len(message.inputs)} inputs and {len(message.outputs)} outputs: "
+            f"at most {MAX_INPUTS} and {MAX_OUTPUTS} are allowed"
+        )
     num_raw = len(message.raw_input_contents)
     if num_raw not in (0, len(message.inputs)):
         raise InvalidRequest(f"{num_raw} raw_input_contents for {len(message.inputs)} inputs")
     inputs = []
     for i, one in enumerate(message.inputs):
+        if len(one.shape) > MAX_SIDES:
+            raise InvalidRequest(
+                f"input {one.name[:100]!r} has {len(one.shape)} sides, at most {MAX_SIDES} are allowed"
+            )
         if set(one.parameters) - _IGNORED:
             raise InvalidRequest(f"input {one.name[:100]!r}: no parameter means anything here")
         if num_raw and one.HasField("contents"):
@@ -52,7 +62,9 @@ def infer_message(model: Model, request_id: str, outputs: Sequence[OutputTensor]
 
 
 def read_choices(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters by name; each message holds one value of several types."""
+    """Parameters by name; each message holds one value of several types. Raises InvalidRequest."""
+    if len(parameters) > MAX_PARAMETERS:
+        raise InvalidRequest(f"{len(parameters)} parameters, at most {MAX_PARAMETERS} are allowed")
     chosen = {}
     for name, parameter in parameters.items():
         kind = parameter.WhichOneof("parameter_choice")

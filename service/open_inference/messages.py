@@ -1,10 +1,15 @@
 """The protocol's JSON messages, with examples for the OpenAPI document."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Parameters = dict[str, bool | int | float | str]
+from service.open_inference.tensors import MAX_SIDES
+
+MAX_INPUTS = 8
+MAX_OUTPUTS = 100
+MAX_PARAMETERS = 100
+Parameters = Annotated[dict[str, bool | int | float | str], Field(max_length=MAX_PARAMETERS)]
 
 
 class Message(BaseModel):
@@ -72,7 +77,7 @@ class RequestInputIn(Message):
     """A tensor: `data` as values, pictures in base64, or `binary_data_size` bytes behind the JSON part."""
 
     name: str = Field(max_length=100, examples=["image"])
-    shape: tuple[int, ...] = Field(max_length=8, examples=[[1]])
+    shape: tuple[int, ...] = Field(max_length=MAX_SIDES, examples=[[1]])
     datatype: str = Field(max_length=20, examples=["BYTES"])
     parameters: Parameters | None = None
     data: list[Any] | None = None
@@ -90,8 +95,8 @@ class InferRequestIn(Message):
     model_name: str | None = Field(None, description="Named by the path; KServe's client repeats it.")
     model_version: str | None = Field(None, description="Named by the path, as well.")
     parameters: Parameters | None = None
-    inputs: list[RequestInputIn] = Field(min_length=1, max_length=8)
-    outputs: list[RequestOutputIn] | None = Field(None, max_length=100)
+    inputs: list[RequestInputIn] = Field(min_length=1, max_length=MAX_INPUTS)
+    outputs: list[RequestOutputIn] | None = Field(None, max_length=MAX_OUTPUTS)
 
 
 class ResponseOutputOut(Message):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from model_store.errors import InvalidRequest
 
+MAX_SIDES = 8  # of a shape; the product of many large ones takes seconds
 _LENGTH = struct.Struct("<I")  # before every element of a raw BYTES tensor
 
 
