@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,11 +51,24 @@ def test_raw_numbers_are_little_endian_and_flags_one_byte() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"\0" * 7, [1.0], [[1.0, 2.0], [3.0]], ["1", "x"], [None, 1.0], [10**400, 1], [True, False]]
+    "data",
+    [b"\0" * 7, [1.0], [[1.0, 2.0], [3.0]], ["1", "x"], [None, 1.0], [10**400, 1], [True, 1.0], [{}, 1.0]],
 )
 def test_what_is_no_row_of_two_numbers_is_refused(data: bytes | list[object]) -> None:
     with pytest.raises(InvalidRequest, match="input 'cls' holds"):
         read_floats(InputTensor("cls", "FP32", (1, 2), data), (2,))
+
+
+def test_texts_among_numbers_take_no_memory() -> None:
+    """Of texts NumPy makes an array in which each is as wide as the longest: here 64 MiB."""
+    tensor = InputTensor("cls", "FP32", (1, 2), ["x" * 2**14, *[""] * 2**10])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="holds what is no number"):
+            read_floats(tensor, (2,))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @given(st.binary(max_size=200), st.one_of(st.none(), st.integers(-5, 250).map(str), st.text(max_size=5)))

@@ -103,13 +103,19 @@ def _numbers(tensor: InputTensor) -> NDArray[Any]:
         if len(tensor.data) % 4:
             raise InvalidRequest(f"input {tensor.name!r} holds {len(tensor.data)} bytes, no multiple of 4")
         return np.frombuffer(tensor.data, dtype="<f4")
+    if not _holds_numbers(tensor.data):  # of texts NumPy makes an array as wide as the longest
+        raise InvalidRequest(f"input {tensor.name!r} holds what is no number")
     try:
         values = np.asarray(tensor.data)
     except ValueError as error:
         raise InvalidRequest(f"input {tensor.name!r} holds lists of different lengths") from error
     if values.dtype.kind not in "fiu":
-        raise InvalidRequest(f"input {tensor.name!r} holds what is no number")
+        raise InvalidRequest(f"input {tensor.name!r} holds integers beyond 64 bits")
     return values
+
+
+def _holds_numbers(values: list[Any]) -> bool:
+    return all(_holds_numbers(one) if isinstance(one, list) else type(one) in (int, float) for one in values)
 
 
 def _check_datatype(tensor: InputTensor, expected: str) -> None:
