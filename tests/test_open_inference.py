@@ -232,6 +232,7 @@ def test_unloading_takes_a_task_out_and_loading_brings_its_latest_module_back(
         ("models/tosca/infer", as_json([b"no picture"]), 415, "picture"),
         ("models/tosca/infer", as_json(PICTURES, parameters={"converage": 0.9}), 422, "parameters.converage"),
         ("models/tosca/infer", as_json(PICTURES, parameters={"top_k": 1000}), 422, "top_k is 1000"),
+        ("models/tosca/infer", as_json(PICTURES, parameters={"timeout": 10**400}), 422, "parameters.timeout"),
         ("models/tosca/infer", as_json(PICTURES, parameters={"sequence_id": 1}), 422, "sequence_id"),
         ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "logits"}]), 422, "no output 'logits'"),
         ("models/tosca/infer", as_json(PICTURES, outputs=[{"name": "probability"}]), 422, "no output"),

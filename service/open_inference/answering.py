@@ -37,7 +37,9 @@ class InferParameters(BaseModel):
         None, gt=0.0, lt=1.0, description="Also list every (task, label) that this coverage cannot rule out."
     )
     backbone_fingerprint: str | None = Field(None, description="The backbone that computed `cls`.")
-    timeout: int = Field(0, ge=0, description="Microseconds the answer may take; 0: the server's default.")
+    timeout: int = Field(
+        0, ge=0, lt=2**64, description="Microseconds the answer may take; 0: the server's default."
+    )
     priority: int = Field(0, ge=0, description="Triton's; requests are answered in the order they come.")
     binary_data_output: bool = Field(False, description="All outputs as binary tensor data (HTTP).")
 
