@@ -4,6 +4,7 @@ import base64
 import json
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,19 @@ def test_unloading_takes_a_task_out_and_loading_brings_its_latest_module_back(
     revision = client.get("/tasks").json()["revision"]
     assert client.post("/v2/repository/models/birds/load").status_code == 200  # it is: nothing to publish
     assert client.get("/tasks").json()["revision"] == revision
+
+
+@pytest.mark.parametrize("content", [b"{}", None])
+def test_a_revision_that_cannot_be_read_hides_no_other(
+    content: bytes | None, client: TestClient, tiny_store: ModelStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert client.post("/v2/repository/models/birds/unload").status_code == 200
+    old = Path(tiny_store.url) / "revisions/000000000002.json"
+    old.unlink() if content is None else old.write_bytes(content)
+    assert index(client)["birds"][0] == "UNAVAILABLE"
+    assert "revision 2 is left out of the model repository" in caplog.text
+    assert client.post("/v2/repository/models/birds/load").status_code == 200
+    assert set(index(client, ready=True)) == {"tosca", "birds", "cars"}
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Triton's model-repository extension: tasks as models that can be loaded and unloaded."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from model_store.errors import InvalidRequest, UnknownTask
+from model_store.errors import CorruptStore, InvalidRequest, UnknownRevision, UnknownTask
 from model_store.publishing import Publisher
 from service.open_inference.models import SERVICE_MODEL, find_model
 from service.registry import TaskRegistry
+
+log = logging.getLogger("tosca.repository")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,17 @@ class ModelRepository:
         return outcome.active.revision.number
 
     def _follow(self, publisher: Publisher) -> Mapping[str, str]:
-        """The latest module of every task made for this backbone; no revision is read twice."""
+        """The latest module of every task made for this backbone; no revision is read twice, and one that
+        cannot be read is left out."""
         newest = publisher.store.head_number(known=self._read_up_to)
         for number in range(max(self._read_up_to, newest - self._max_revisions) + 1, newest + 1):
-            revision = publisher.store.revision(number)
-            if revision.backbone_fingerprint == publisher.backbone.fingerprint:
-                self._latest |= revision.tasks
+            try:
+                revision = publisher.store.revision(number)
+            except (CorruptStore, UnknownRevision) as error:
+                log.warning("revision %d is left out of the model repository: %s", number, error)
+            else:
+                if revision.backbone_fingerprint == publisher.backbone.fingerprint:
+                    self._latest |= revision.tasks
             self._read_up_to = number
         return dict(self._latest)
 
