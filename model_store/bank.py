@@ -320,7 +320,8 @@ class ModuleBank:
                     value_BK[b].tolist(), task_BK[b].tolist(), class_BK[b].tolist(), strict=True
                 )
             )
-            task_probability = float(rule.prob_BK[b, self._classes(entries[0].task)].sum())
+            of_task = rule.prob_BK[b, self._classes(entries[0].task)].sum()
+            task_probability = float(of_task.clamp(max=1.0))  # the sum may round to more
             found = Found(entries, len(self.modules))
             answers.append(
                 self._compose(found, task_probability, p_values[b], top_k, None, abstain_level, module_index)

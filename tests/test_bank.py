@@ -378,6 +378,14 @@ def test_asking_for_one_gives_the_first_of_many(selection: str) -> None:
         assert one.confidence == pytest.approx(all_five.confidence, abs=1e-6)
 
 
+@pytest.mark.parametrize("selection", ["lda", "entropy"])
+def test_no_probability_is_above_one(selection: str) -> None:
+    for seed in range(20):
+        bank = build_bank([random_module("ants", seed, num_classes=7)])  # its classes are all that there are
+        for answer in bank.answer(random_cls(50, seed), selection=selection):  # type: ignore[arg-type]
+            assert max(answer.task_probability, answer.p_value, *(one[0] for one in listed(answer))) <= 1.0
+
+
 def test_every_label_of_a_named_task_is_listed_when_asked_for() -> None:
     bank = build_bank([random_module("ants", num_classes=10, spread=0.1), *random_modules(3, seed=1)[1:]])
     x_BD = bank.modules[0].statistics.mean_KD.float()
