@@ -69,7 +69,9 @@ class Settings(BaseSettings):
     )
     max_feedback_bytes: Bytes = Field(16 * 2**10, description="Largest body of /feedback.")
     max_module_bytes: Bytes = Field(256 * 2**20, description="Largest module file that may be registered.")
-    max_buffered_bytes: Bytes = Field(2**30, description="Bodies in memory together; more get 503.")
+    max_buffered_bytes: Bytes = Field(
+        2**30, description="Bodies in memory together; more get 503. As much for gRPC messages; more wait."
+    )
     max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
     max_connections: int = Field(1000, gt=0, description="Open connections; further ones are closed.")
     max_image_bytes: Bytes = Field(32 * 2**20, description="Largest encoded picture.")

@@ -1,10 +1,12 @@
 """The Open Inference Protocol over gRPC: the same answers, limits and keys as over HTTP."""
 
 import asyncio
+import gc
 import json
 import socket
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -36,6 +38,7 @@ MakeModule = Callable[..., bytes]
 PICTURES = [encoded(noise(colour, seed=colour)) for colour in range(3)]
 METHODS = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].methods_by_name
 Code = grpc.StatusCode
+HEALTH = {"ServerLive", "ServerReady"}  # answered without a key
 
 
 class Client:
@@ -43,11 +46,11 @@ class Client:
 
     def __init__(self, channel: grpc.aio.Channel, state: ServiceState) -> None:
         self.state = state
-        self._channel = channel
+        self.channel = channel
 
     async def __call__(self, name: str, request: Any = None, **options: Any) -> Any:
         asked, answered = (getattr(pb, one.name) for one in _types(name))
-        call = self._channel.unary_unary(
+        call = self.channel.unary_unary(
             f"/{SERVICE}/{name}",
             request_serializer=asked.SerializeToString,
             response_deserializer=answered.FromString,
@@ -319,7 +322,7 @@ async def test_every_call_but_health_wants_its_scope(
         "admin": ("predict", "read"),
     }
     add_key(keys_file, "read")
-    assert {name for name, _, _ in CALLS} == set(METHODS) - {"ServerLive", "ServerReady"}
+    assert {name for name, _, _ in CALLS} == set(METHODS) - HEALTH
     async with running(settings.model_copy(update={"keys_file": keys_file}), tiny_backbone) as client:
         assert (await client("ServerLive")).live and (await client("ServerReady")).ready
         for name, request, scope in CALLS:
@@ -333,6 +336,56 @@ async def test_every_call_but_health_wants_its_scope(
             await client(name, request, metadata=(("authorization", f"Bearer {token}"),))
         token = add_key(keys_file, "predict")
         assert await client("ModelInfer", asking(), metadata=(("x-api-key", token),))
+
+
+async def never() -> AsyncIterator[bytes]:
+    await asyncio.Event().wait()
+    yield b""
+
+
+@pytest.mark.parametrize("name", METHODS)
+async def test_no_message_is_received_before_its_caller_is_known(
+    name: str, settings: Settings, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    keys_file = tmp_path / "keys.json"
+    add_key(keys_file, "read")
+    async with running(settings.model_copy(update={"keys_file": keys_file}), tiny_backbone) as client:
+        call = client.channel.stream_unary(f"/{SERVICE}/{name}")(never(), timeout=10.0)
+        assert await call.code() == (Code.OK if name in HEALTH else Code.UNAUTHENTICATED)
+
+
+async def test_a_message_that_does_not_come_or_cannot_be_read_is_refused(
+    settings: Settings, tiny_backbone: Backbone
+) -> None:
+    async with running(settings.model_copy(update={"body_timeout_s": 0.1}), tiny_backbone) as client:
+        infer = f"/{SERVICE}/ModelInfer"
+        late = client.channel.stream_unary(infer)(never(), timeout=10.0)
+        assert await late.code() == Code.DEADLINE_EXCEEDED
+        assert "the message did not arrive within 0.1 s" in await late.details()
+        broken = client.channel.unary_unary(infer)(b"\xff", timeout=10.0)
+        assert await broken.code() == Code.INVALID_ARGUMENT
+
+
+async def test_a_refused_message_is_freed_at_once(settings: Settings, tiny_backbone: Backbone) -> None:
+    size, times = 4 * 2**20, 8
+    message = asking(pictures=[b"\xff" * size]).SerializeToString()
+    async with running(settings, tiny_backbone) as client:
+        infer = client.channel.unary_unary(f"/{SERVICE}/ModelInfer")
+
+        async def refuse() -> int:
+            """The memory in use after it."""
+            assert await infer(message).code() == Code.INVALID_ARGUMENT
+            return tracemalloc.get_traced_memory()[0]
+
+        gc.disable()
+        tracemalloc.start()
+        try:
+            before = await refuse()
+            after = [await refuse() for _ in range(times)]
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert after[-1] - before < 2 * size  # the last call may still be putting its message down
 
 
 async def test_with_an_admin_port_tasks_are_not_changed_over_grpc(

@@ -15,6 +15,7 @@ from model_store.errors import InvalidRequest, ToscaError
 from service.access import Caller
 from service.errors import Refused, RevisionBehind
 from service.keys import Scope
+from service.open_inference.message_memory import MessageMemory
 from service.problems import status_of
 from service.request_context import RequestContext, context_of, current_request
 from service.routes.state import ServiceState
@@ -41,30 +42,43 @@ CODE_OF = {
 
 
 def guarded(
-    path: str, call: Call, scope: Scope | None, state: ServiceState
-) -> Callable[[Any, Context], Awaitable[Message]]:
-    """`call` for callers that may act under `scope`; for all, without one."""
+    path: str,
+    call: Call,
+    scope: Scope | None,
+    asked: type[Message],
+    memory: MessageMemory,
+    state: ServiceState,
+) -> Callable[[object, Context], Awaitable[Message]]:
+    """`call` for callers that may act under `scope`, whose message is received once that is known.
 
-    async def answer(request: Any, context: Context) -> Message:
+    Without a scope it is for all, and gets an empty message: theirs stays with them.
+    """
+
+    async def admitted(context: Context, metadata: dict[str, str], told: RequestContext) -> Message:
+        if scope is None:
+            return await call(asked(), context, Caller("anonymous", frozenset()))
+        caller = state.access.identify(_authorization(metadata))
+        told.caller = caller.name
+        state.access.check(caller, scope)
+        with state.quota.place(caller.key_id, state.engine.drain_s):
+            await _catch_up(metadata.get("x-minimum-revision"), context, state)
+            async with memory.receive(context, asked) as request:
+                return await call(request, context, caller)
+
+    async def answer(_: object, context: Context) -> Message:
         metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         told = context_of(Headers(metadata))
         current_request.set(told)  # each call runs in a context of its own: nothing to undo
         started = time.monotonic()
         code = grpc.StatusCode.INTERNAL
         try:
-            if scope is None:
-                answered = await call(request, context, Caller("anonymous", frozenset()))
-            else:
-                caller = state.access.identify(_authorization(metadata))
-                told.caller = caller.name
-                state.access.check(caller, scope)
-                with state.quota.place(caller.key_id, state.engine.drain_s):
-                    await _catch_up(metadata.get("x-minimum-revision"), context, state)
-                    answered = await call(request, context, caller)
+            answered = await admitted(context, metadata, told)
             code = grpc.StatusCode.OK
             return answered
         except ToscaError as error:
             code = CODE_OF.get(status_of(error), grpc.StatusCode.INTERNAL)
+            # Its frames hold the message, and futures there hold the fault: a circle of megabytes.
+            error.__traceback__ = error.__context__ = error.__cause__ = None
             await context.abort(code, str(error)[:1000], _trailing_metadata(error, told))
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED

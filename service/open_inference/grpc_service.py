@@ -7,12 +7,13 @@ import grpc
 
 from model_store.errors import NotFound
 from service.access import Caller
-from service.errors import Forbidden, Overloaded
+from service.errors import Forbidden
 from service.keys import Scope
 from service.open_inference import inference_pb2 as pb
 from service.open_inference.answering import infer, max_listed
 from service.open_inference.grpc_guard import Call, Context, guarded
 from service.open_inference.grpc_messages import infer_message, read_choices, read_infer_message
+from service.open_inference.message_memory import MessageMemory
 from service.open_inference.models import EXTENSIONS, PLATFORM, TensorSpec, find_model, inputs_of
 from service.prediction import Inquiry
 from service.routes.state import ServiceState
@@ -25,10 +26,17 @@ class InferenceService:
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
-        self._num_buffered = 0  # bytes of the requests under way
+        settings = state.settings
+        self._memory = MessageMemory(
+            settings.max_body_bytes, settings.max_buffered_bytes, settings.body_timeout_s
+        )
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """What a server needs to answer all calls."""
+        """What a server needs to answer all calls.
+
+        To gRPC each is a stream with one message, which is the same on the wire: the message of a unary call
+        is received before anything of ours runs, interceptors that refuse the call included.
+        """
         calls: dict[str, tuple[Call, Scope | None, type[Any], type[Any]]] = {
             "ServerLive": (self._live, None, pb.ServerLiveRequest, pb.ServerLiveResponse),
             "ServerReady": (self._ready, None, pb.ServerReadyRequest, pb.ServerReadyResponse),
@@ -53,9 +61,8 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                name: grpc.unary_unary_rpc_method_handler(
-                    guarded(f"/{SERVICE}/{name}", call, scope, self._state),
-                    request_deserializer=asked.FromString,
+                name: grpc.stream_unary_rpc_method_handler(
+                    guarded(f"/{SERVICE}/{name}", call, scope, asked, self._memory, self._state),
                     response_serializer=answered.SerializeToString,
                 )
                 for name, (call, scope, asked, answered) in calls.items()
@@ -102,28 +109,17 @@ class InferenceService:
         self, request: pb.ModelInferRequest, context: Context, _: Caller
     ) -> pb.ModelInferResponse:
         state = self._state
-        size = request.ByteSize()
-        limit = state.settings.max_buffered_bytes
-        if self._num_buffered + size > limit:
-            raise Overloaded(
-                f"requests under way would have {self._num_buffered + size} bytes, at most {limit} are kept",
-                1.0,
-            )
-        self._num_buffered += size
-        try:
-            active = state.registry.active
-            model = find_model(active, request.model_name, request.model_version)
-            left_s, settings = context.time_remaining(), state.settings
-            timeout_s = (
-                settings.request_timeout_s if left_s is None else min(left_s, settings.max_request_timeout_s)
-            )
-            inquiry = Inquiry.admit(state.engine, settings, active.bank, timeout_s)
-            max_elements = max_listed(state.engine.backbone, settings.max_images_per_request)
-            asked = read_infer_message(request, max_elements)
-            outputs = await infer(inquiry, model, asked, state.engine.backbone)
-            return infer_message(model, asked.request_id, outputs)
-        finally:
-            self._num_buffered -= size
+        active = state.registry.active
+        model = find_model(active, request.model_name, request.model_version)
+        left_s, settings = context.time_remaining(), state.settings
+        timeout_s = (
+            settings.request_timeout_s if left_s is None else min(left_s, settings.max_request_timeout_s)
+        )
+        inquiry = Inquiry.admit(state.engine, settings, active.bank, timeout_s)
+        max_elements = max_listed(state.engine.backbone, settings.max_images_per_request)
+        asked = read_infer_message(request, max_elements)
+        outputs = await infer(inquiry, model, asked, state.engine.backbone)
+        return infer_message(model, asked.request_id, outputs)
 
     async def _index(
         self, request: pb.RepositoryIndexRequest, _: Context, __: Caller
