@@ -20,6 +20,9 @@ MAX_SCATTER = 2.0**30
 _LEVELS = 127
 # How far below zero rounding alone may push an eigenvalue of the correlations (0.13 seen at D = 768).
 ROUNDING_EIGENVALUE = 0.25
+# With very few pictures it pushes further (0.53 seen with two in each of two classes): variances are raised
+# in these steps until it does not. To lower covariances instead would lose what leave-one-out takes out.
+_RAISES = tuple(1.1**step for step in range(25))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,10 @@ def unpack_symmetric(packed_P: Tensor, feature_dim: int) -> Tensor:
 
 
 def fit_class_statistics(cls_ND: Tensor, label_N: Tensor, num_classes: int) -> ClassStatistics:
-    """Statistics of [N, D] CLS vectors with labels 0 … K−1; every class needs at least one image."""
+    """Statistics of [N, D] CLS vectors with labels 0 … K−1; every class needs at least one image.
+
+    With so few or so like images that the rounded correlations are no covariance, variances are raised.
+    """
     x_ND = cls_ND.double()
     count_K = torch.bincount(label_N, minlength=num_classes)
     assert count_K.shape[0] == num_classes and int(count_K.min()) >= 1, "every class needs an image"
@@ -86,11 +92,22 @@ def fit_class_statistics(cls_ND: Tensor, label_N: Tensor, num_classes: int) -> C
     residual_ND = x_ND - mean_KD[label_N]
     scatter_DD = residual_ND.T @ residual_ND
     variance_D = scatter_DD.diagonal().clone()
+    for raised in _RAISES:
+        scatter_DD.diagonal().copy_(raised * variance_D)
+        fitted = ClassStatistics(mean_KD.float(), count_K, *_round_scatter(scatter_DD))
+        if is_covariance(fitted):
+            break
+    return fitted
+
+
+def _round_scatter(scatter_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """(variances, packed correlations) as a file holds them."""
+    variance_D = scatter_DD.diagonal()
     deviation_D = variance_D.sqrt().clamp_min(1e-150)
-    row_P, column_P = _triangle(x_ND.shape[1])
+    row_P, column_P = _triangle(len(scatter_DD))
     share_P = (scatter_DD / deviation_D / deviation_D[:, None])[row_P, column_P].clamp(-1.0, 1.0)
     level_P = (share_P.sign() * share_P.abs().sqrt() * _LEVELS).round().to(torch.int8)
-    return ClassStatistics(mean_KD.float(), count_K, variance_D.float(), level_P)
+    return variance_D.float(), level_P
 
 
 def is_covariance(statistics: ClassStatistics) -> bool:

@@ -13,6 +13,7 @@ from model_store.statistics import (
     ClassStatistics,
     PooledStatistics,
     fit_class_statistics,
+    is_covariance,
     packed_size,
     unpack_symmetric,
 )
@@ -152,6 +153,31 @@ def test_an_honest_task_always_has_a_covariance(num_images: int, seed: int) -> N
     cls_ND = (cls_ND + 0.05 * torch.randn(num_images, 192, generator=generator)) * scale_D
     one = fit_class_statistics(cls_ND, torch.arange(num_images) % 2, 2)
     Metric.fit(PooledStatistics.empty(192).add([one]), 192)
+
+
+def pairs(feature_dim: int, per_class: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two classes of vectors whose spread falls off as that of real CLS vectors."""
+    generator = torch.Generator().manual_seed(0)
+    basis_RD = torch.randn(24, feature_dim, generator=generator) / torch.arange(1.0, 25.0)[:, None]
+    cls_ND = torch.randn(2 * per_class, 24, generator=generator) @ basis_RD
+    return cls_ND, torch.arange(2).repeat_interleave(per_class)
+
+
+@pytest.mark.parametrize("feature_dim", [768, 1664])
+def test_two_pictures_a_class_have_a_covariance_that_holds_them(feature_dim: int) -> None:
+    """Off the diagonal it is exact to the rounding, so a picture can still be taken out of it."""
+    cls_ND, label_N = pairs(feature_dim)
+    fitted = fit_class_statistics(cls_ND, label_N, 2)
+    assert is_covariance(fitted)
+    Metric.fit(PooledStatistics.empty(feature_dim).add([fitted]), feature_dim)
+    stored = unpack_symmetric(fitted.scatter(), feature_dim).numpy()
+    exact = numpy_scatter(cls_ND, label_N)
+    raised = np.diag(stored) / np.diag(exact)
+    np.testing.assert_allclose(raised, raised[0], rtol=1e-5)
+    assert 1.05 < raised[0] < 2.0, "the data must need it for this test to mean anything"
+    np.fill_diagonal(stored, np.diag(exact))
+    error = np.abs(stored - exact) / np.sqrt(np.outer(np.diag(exact), np.diag(exact)))
+    assert error.max() < raised[0] * 1.01 / 127
 
 
 # -- pooling -----------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from random_modules import backbone_manifest, module_bytes, random_module
 from synthetic import make_features
 
 from model_store.bank import ModuleBank
-from model_store.errors import InvalidDataset, ToscaError
+from model_store.errors import InvalidDataset, InvalidModule, ToscaError
 from model_store.landmarks import RidgeFit
 from model_store.luca import FLOWS, Flow
 from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleFile, check_module, read_module
+from model_store.statistics import fit_class_statistics
 from training.features import LabelledFeatures
 from training.recipes import (
     BY_NAME,
@@ -342,6 +343,26 @@ def test_a_few_pictures_a_class_are_enough_for_a_module(recipe: RecipeName, per_
     given = features(per_class=per_class, num_test=6, spread=0.2)
     file = checked(train(given, recipe=recipe))
     assert accuracy(file, given, given.rows("test")) == 1.0
+
+
+@pytest.mark.parametrize("feature_dim", [768, 1664])
+def test_two_pictures_a_class_make_a_module_that_a_store_takes(feature_dim: int) -> None:
+    """The least that `--min-images` asks for, at the widths of real backbones."""
+    backbone = backbone_manifest(feature_dim=feature_dim)
+    given = make_features(num_classes=2, per_class=2, num_test=0, feature_dim=feature_dim)
+    trained = train_task("shapes", given, backbone, recipe=dataclasses.replace(DEFAULT, epochs=1))
+    check_module(read_module(trained.data), backbone)
+
+
+def test_a_module_that_no_store_would_take_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "training.trainer.fit_class_statistics",
+        lambda *given: dataclasses.replace(
+            fit := fit_class_statistics(*given), correlation_P=torch.full_like(fit.correlation_P, -127)
+        ),
+    )
+    with pytest.raises(InvalidModule, match="scatter is no covariance"):
+        train(features())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -21,7 +21,13 @@ from model_store.errors import InvalidDataset
 from model_store.landmarks import RidgeFit, Standardisation, fit_landmark_ridges
 from model_store.luca import Flow
 from model_store.manifest import ModuleManifest, check_label, check_task_name
-from model_store.module_file import MAX_CALIBRATION_VECTORS, round_weights, write_module
+from model_store.module_file import (
+    MAX_CALIBRATION_VECTORS,
+    check_module,
+    read_module,
+    round_weights,
+    write_module,
+)
 from model_store.statistics import fit_class_statistics
 from model_store.task_module import TaskModule
 from training.features import LabelledFeatures
@@ -104,7 +110,8 @@ def train_task(
 
     Statistics and the final experts use every training picture. How they are weighed, calibrated and
     reported rests on predictions for pictures they had not seen: the `val` split where there is one,
-    else leave-one-out for the ridge and cross-fitting for LuCA.
+    else leave-one-out for the ridge and cross-fitting for LuCA. Raises InvalidDataset, and InvalidModule
+    when the file is not what a store takes.
     """
     check_names(task, features.labels, label_space)
     chosen = recipe if isinstance(recipe, Recipe) else BY_NAME[recipe]
@@ -195,7 +202,9 @@ def train_task(
             "torch": torch.__version__,
         },
     )
-    return TrainedTask(manifest, write_module(manifest, module), held_out, features.skipped)
+    data = write_module(manifest, module)
+    check_module(read_module(data), backbone)
+    return TrainedTask(manifest, data, held_out, features.skipped)
 
 
 def check_names(task: str, labels: Sequence[str], label_space: str | None = None) -> None:
