@@ -72,9 +72,9 @@ def trained_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     write_splits(root / "colours", train=6, test=3)
     for i, label in enumerate(("dark", "light")):
-        for split, num in (("train", 6), ("test", 3)):
+        for split, seeds in (("train", range(6)), ("test", range(6, 9))):
             (root / "shades" / split / label).mkdir(parents=True)
-            for j in range(num):
+            for j in seeds:
                 grey = noise(0, 50 * i + j).convert("L").point(lambda v, i=i: v // 4 + 190 * i).convert("RGB")
                 (root / "shades" / split / label / f"{j}.png").write_bytes(encoded(grey))
     with pytest.MonkeyPatch.context() as patch:
@@ -263,6 +263,19 @@ def test_corrupt_pictures_are_listed_and_skipped(trained: Tosca, tmp_path: Path)
     assert "skipped data/red/003.png" in " ".join(result.err.split())
     strict = trained("train", "--task", "t", "--data", "data", "--max-corrupt", 0.01)
     assert_fault(strict, "1 of 30 pictures cannot be read, more than the 1% allowed")
+
+
+def test_repeats_are_told_in_one_line_and_in_the_report(trained: Tosca, tmp_path: Path) -> None:
+    write_classes(tmp_path / "data", 5)
+    for i in range(9):
+        shutil.copy(tmp_path / "data/red/000.png", tmp_path / f"data/red/copy{i}.png")
+    result = trained("train", "--task", "t", "--data", "data", "--output", "t.safetensors", "--json")
+    line = "9 picture(s) repeated; first: data/red/copy0.png is data/red/000.png"
+    assert (result.code, result.json["pictures"], result.json["skipped"]) == (0, 15, [line])
+    assert result.err.splitlines() == [f"skipped {line}"]
+    assert f"- {line}" in (tmp_path / ".tosca/reports/t.md").read_text(encoding="utf-8")
+    shutil.copy(tmp_path / "data/red/000.png", tmp_path / "data/blue/x.png")
+    assert_fault(trained("train", "--task", "t", "--data", "data"), "one picture has two labels")
 
 
 def test_a_harmful_task_is_published_only_by_force(trained: Tosca, tmp_path: Path) -> None:

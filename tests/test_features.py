@@ -14,7 +14,7 @@ from model_store.errors import InvalidDataset
 from model_store.preprocess import load_pixels
 from training.embedding import BATCH_SIZE
 from training.feature_cache import FeatureCache
-from training.features import LabelledFeatures, extract_features
+from training.features import LabelledFeatures, extract_each, extract_features, hash_source, the_only
 from training.sources import open_source
 
 
@@ -169,6 +169,65 @@ def test_the_data_digest_ignores_where_the_pictures_lie(tmp_path: Path, tiny_bac
         tmp_path / "cache",
     )
     assert one.data_sha256 == same.data_sha256 != relabelled.data_sha256
+
+
+# -- repeats, in training ----------------------------------------------------------------------------
+
+
+def extract_to_train(data: Path, backbone: Backbone, folder: Path) -> LabelledFeatures:
+    hashed = dataclasses.replace(hash_source(open_source(data, min_images_per_class=1)), is_for_training=True)
+    return the_only(extract_each([hashed], backbone, cache(folder, backbone), show_progress=False))
+
+
+def test_a_picture_trains_once_however_often_it_is_there(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_classes(tmp_path / "data", 3)
+    plain = extract_to_train(data, tiny_backbone, tmp_path / "cache")
+    assert_same_features(plain, extract(data, tiny_backbone, tmp_path / "cache"))
+    assert plain.skipped == ()
+    for name in ("a", "z"):
+        shutil.copy(data / "red/001.png", data / f"red/{name}.png")
+    features = extract_to_train(data, tiny_backbone, tmp_path / "cache")
+    assert_same_features(features, plain)
+    assert features.skipped == (f"2 picture(s) repeated; first: {data}/red/a.png is {data}/red/001.png",)
+
+
+def test_a_copy_of_a_training_picture_is_no_evidence(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_splits(tmp_path / "data", train=4, val=3, test=3)
+    plain = extract_to_train(data, tiny_backbone, tmp_path / "cache")
+    shutil.copy(data / "train/red/002.png", data / "test/red/x.png")
+    shutil.copy(data / "train/red/002.png", data / "val/red/x.png")
+    shutil.copy(data / "val/blue/000.png", data / "test/blue/y.png")
+    features = extract_to_train(data, tiny_backbone, tmp_path / "cache")
+    assert_same_features(features, plain)
+    assert features.skipped == (
+        f"1 picture(s) of val also in train; first: {data}/val/red/x.png is {data}/train/red/002.png",
+        f"1 picture(s) of test also in val; first: {data}/test/blue/y.png is {data}/val/blue/000.png",
+        f"1 picture(s) of test also in train; first: {data}/test/red/x.png is {data}/train/red/002.png",
+    )
+
+
+def test_a_split_of_nothing_but_training_pictures_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_splits(tmp_path / "data", train=3)
+    shutil.copytree(data / "train", data / "test")
+    fault = r"data: test has no pictures of its own: 9 picture\(s\) of test also in train; first: .*/test/blue/000"
+    with pytest.raises(InvalidDataset, match=fault):
+        extract_to_train(data, tiny_backbone, tmp_path / "cache")
+
+
+def test_a_picture_under_two_labels_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_splits(tmp_path / "data", train=3, test=2)
+    shutil.copy(data / "train/red/000.png", data / "test/blue/x.png")
+    fault = "data: one picture has two labels: .*/train/red/000.png is 'red', .*/test/blue/x.png 'blue'"
+    with pytest.raises(InvalidDataset, match=fault):
+        extract_to_train(data, tiny_backbone, tmp_path / "cache")
+
+
+def test_equal_files_that_are_no_pictures_are_no_repeats(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_classes(tmp_path / "data", 20)
+    for label in ("red", "blue"):
+        (data / label / "x.png").write_bytes(b"<html>404")
+    skipped = extract_to_train(data, tiny_backbone, tmp_path / "cache").skipped
+    assert [line.split(": ")[1][:13] for line in skipped] == ["not a picture"] * 2
 
 
 # -- pictures that cannot be read --------------------------------------------------------------------

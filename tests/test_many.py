@@ -257,6 +257,20 @@ def test_a_task_with_an_unreadable_picture_is_unchanged_too(tmp_path: Path, tiny
     assert first["a"].skipped == again["a"].skipped and len(first["a"].skipped) == 1
 
 
+def test_repeats_are_left_out_of_each_task(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    folder = write_tasks(tmp_path / "tasks", "a", "b")
+    alone = train_alone("a", folder / "a", tiny_backbone, tmp_path / "cache")
+    shutil.copy(folder / "a/train/red/000.png", folder / "a/test/red/x.png")
+    shutil.copy(folder / "b/train/red/000.png", folder / "b/train/blue/x.png")
+    destination = FolderDestination(tmp_path / "out")
+    outcomes = train_folder(folder, tiny_backbone, destination, tmp_path / "cache")
+    assert (tmp_path / "out/a.safetensors").read_bytes() == alone
+    assert "1 picture(s) of test also in train" in outcomes["a"].skipped[0]
+    assert "one picture has two labels" in str(outcomes["b"].fault)
+    again = train_folder(folder, tiny_backbone, destination, tmp_path / "cache")
+    assert again["a"].status == "unchanged"
+
+
 def test_a_module_is_made_anew_for_every_change_of_how_it_is_made(tiny_backbone: Backbone) -> None:
     from synthetic import make_features
 

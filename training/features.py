@@ -6,7 +6,7 @@ file and the backbone's fingerprint, and no epoch and no later training run comp
 # N pictures, D features
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,9 @@ from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
 from training.embedding import Embedding, Item, LocalEmbedding
 from training.feature_cache import FeatureCache
-from training.pictures import LabelledPicture, PicturePath, PictureSource, Split
+from training.pictures import SPLITS, LabelledPicture, PicturePath, PictureSource, Split
+
+_Hashed = tuple[LabelledPicture, str]  # a picture and its SHA-256
 
 # No thread hurries further ahead of another: sources that read forward need not go back.
 _HASHED_TOGETHER = 256
@@ -38,7 +40,7 @@ class LabelledFeatures:
     label_N: Tensor
     splits: tuple[Split, ...]
     data_sha256: str  # over the picture hashes, labels and splits, in order
-    skipped: tuple[str, ...]  # pictures that could not be read, with the reason
+    skipped: tuple[str, ...]  # pictures left out, with the reason; repeats of a kind in one line
     num_computed: int  # pictures the backbone had to run for
 
     def rows(self, split: Split) -> Tensor:
@@ -53,10 +55,11 @@ class HashedSource:
     source: PictureSource
     digests: tuple[str, ...]
     faults: tuple[str, ...]  # why not, of each; empty where it can
+    is_for_training: bool = False  # every picture once, and under one label
 
     @property
     def data_sha256(self) -> str:
-        """What `LabelledFeatures` will say when every picture that opens can also be decoded."""
+        """What `LabelledFeatures` will say when every picture that opens can be decoded and none repeats."""
         return _data_sha256(
             [pair for pair in zip(self.source.pictures, self.digests, strict=True) if pair[1]]
         )
@@ -219,6 +222,9 @@ def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fractio
         )
     if not kept:
         raise InvalidDataset(f"{source.name}: not one picture can be read; first: {skipped[0]}")
+    if wanted.hashed.is_for_training:
+        kept, repeats = _leave_out_repeats(source.name, kept)
+        skipped += repeats
     index = {label: i for i, label in enumerate(source.labels)}
     return LabelledFeatures(
         name=source.name,
@@ -232,7 +238,36 @@ def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fractio
     )
 
 
-def _data_sha256(pictures: Iterable[tuple[LabelledPicture, str]]) -> str:
+def _leave_out_repeats(name: str, pictures: Sequence[_Hashed]) -> tuple[list[_Hashed], tuple[str, ...]]:
+    """(each picture once, what was left out); a picture of several splits stays in the first of them.
+
+    A copy would be evidence about a picture that was learnt. Raises InvalidDataset when a picture has two
+    labels, and when a split has none of its own.
+    """
+    first: dict[str, LabelledPicture] = {}
+    for one, digest in sorted(pictures, key=lambda hashed: SPLITS.index(hashed[0].split)):
+        same = first.setdefault(digest, one)
+        if same.label != one.label:
+            raise InvalidDataset(
+                f"{name}: one picture has two labels: {same.path} is {same.label!r}, {one.path} {one.label!r}"
+            )
+    kept = [(one, digest) for one, digest in pictures if first[digest] is one]
+    repeats: dict[str, list[str]] = {}
+    for one, digest in pictures:
+        same = first[digest]
+        if same is not one:
+            kind = "repeated" if one.split == same.split else f"of {one.split} also in {same.split}"
+            repeats.setdefault(kind, []).append(f"{one.path} is {same.path}")
+    lost = {one.split for one, _ in pictures} - {one.split for one, _ in kept}
+    lines = tuple(f"{len(found)} picture(s) {kind}; first: {found[0]}" for kind, found in repeats.items())
+    if lost:
+        raise InvalidDataset(
+            f"{name}: {', '.join(sorted(lost))} has no pictures of its own: {', '.join(lines)}"
+        )
+    return kept, lines
+
+
+def _data_sha256(pictures: Iterable[_Hashed]) -> str:
     listing = "\n".join(f"{digest} {one.split} {one.label}" for one, digest in pictures)
     return hashlib.sha256(listing.encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +101,7 @@ def _look_at(
         check_names(plan.task, source.labels, plan.label_space)
     except ToscaError as error:
         return TaskOutcome(plan.task, "failed", str(error))
-    hashed = hash_source(source)
+    hashed = replace(hash_source(source), is_for_training=True)
     present = _present(plan, backbone, destination, hashed.data_sha256)
     return hashed if present is None else TaskOutcome(plan.task, "unchanged", manifest=present)
 
@@ -135,7 +135,7 @@ def _start(
 ) -> TaskOutcome | _InTraining:
     if isinstance(features, InvalidDataset):
         return TaskOutcome(plan.task, "failed", str(features))
-    # With unreadable pictures, only now is it known which pictures the module is made of.
+    # With unreadable or repeated pictures, only now is it known which pictures the module is made of.
     present = _present(plan, backbone, destination, features.data_sha256)
     if present is not None:
         return TaskOutcome(plan.task, "unchanged", manifest=present, skipped=features.skipped)

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -153,7 +153,8 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
     source = open_source(plan.data, min_images_per_class=plan.min_images)
     check_names(plan.task, source.labels, plan.label_space)
     backbone = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
-    features = the_only(_features_of_each(run, iter([load_hashes(source)])))
+    hashed = replace(load_hashes(source), is_for_training=True)
+    features = the_only(_features_of_each(run, iter([hashed])))
     _print_skipped(features.skipped)
     started = time.monotonic()
     trained = train_task(
