@@ -378,7 +378,12 @@ def test_many_tasks_can_be_written_to_a_folder_as_a_list_says(trained: Tosca, tm
         '[tasks.colours]\ndata = "colours"\nlabel_space = "x"\n[tasks.grey]\ndata = "shades"\n'
     )
     result = trained("train", "--many", "tasks.toml", "--output", "files", "--seed", 3)
-    assert result.code == 0 and "files/grey.safetensors" in result.out
+    assert result.code == 0
+    header, colours, grey = (line.split("\t") for line in result.out.splitlines()[:3])
+    assert len(header) == len(colours) == len(grey) == 9
+    row = dict(zip(header, grey, strict=True))
+    assert (row["pictures"], row["new features"], row["where"]) == ("18", "0", "files/grey.safetensors")
+    assert row["accuracy"] == "1.0000" and row["trained in"].endswith(" s")
     files = {one.stem: read_module(one.read_bytes()).manifest for one in Path("files").iterdir()}
     assert {task: one.label_space for task, one in files.items()} == {"colours": "x", "grey": None}
     assert {one.training["seed"] for one in files.values()} == {3}

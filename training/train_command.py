@@ -278,7 +278,9 @@ def _row(outcome: TaskOutcome) -> list[object]:
         outcome.status,
         len(manifest.labels) if manifest else "–",
         outcome.num_pictures if is_new else "–",
+        outcome.num_computed if is_new else "–",
         *(f"{metrics[name]:.4f}" if name in metrics else "–" for name in ("accuracy", "ece")),
+        f"{outcome.seconds:.1f} s" if is_new else "–",
         where if is_new else "–",
     ]
 
