@@ -233,6 +233,8 @@ def test_training_speaks_to_people(trained: Tosca) -> None:
     assert result.code == 0
     assert "colours: 3 classes, 27 pictures (0 new features)" in result.out
     assert "published as revision 4" in result.out
+    same = trained("train", "--task", "colours", "--data", "colours", "--recipe", "reference")
+    assert same.out.splitlines()[-1] == "nothing published; the store stays at revision 4"
 
 
 def test_a_file_can_be_trained_first_and_published_later(trained: Tosca, tmp_path: Path) -> None:

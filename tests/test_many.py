@@ -170,7 +170,9 @@ def test_revisions_of_a_store_come_in_the_order_of_the_tasks(
     folder = write_tasks(tmp_path / "tasks", "a", "b", "c")
     destination = StoreDestination(tiny_store, force=True)
     outcomes = train_folder(folder, tiny_backbone, destination, tmp_path / "cache")
-    assert [one.kept for one in outcomes.values()] == [{"revision": 2}, {"revision": 3}, {"revision": 4}]
+    assert [one.kept for one in outcomes.values()] == [
+        {"revision": number, "published": True} for number in (2, 3, 4)
+    ]
     for task, sha256 in tiny_store.require_head().tasks.items():
         alone = train_alone(task, folder / task, tiny_backbone, tmp_path / f"cache-{task}")
         assert tiny_store.module(sha256) == alone

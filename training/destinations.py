@@ -49,9 +49,10 @@ class StoreDestination:
         return None if file is None else file.manifest
 
     def keep(self, task: str, data: bytes) -> dict[str, Any]:
-        """Raises HarmsOtherTasks and whatever else publishing refuses."""
+        """Nothing is published where the very file is active already. Raises HarmsOtherTasks and whatever
+        else publishing refuses."""
         outcome = self._publisher.register(data, force=self._force, reason=f"train {task}")
-        return {"revision": outcome.active.revision.number}
+        return {"revision": outcome.active.revision.number, "published": outcome.published}
 
 
 def write_file(path: Path, data: bytes) -> Path:

@@ -192,8 +192,7 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
         f"{plan.task}: {len(features.labels)} classes, {len(features.label_N)} pictures "
         f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
         f"held-out {_figures(trained)} ({trained.held_out.evidence})\n"
-        f"report {page}\n"
-        + (f"wrote {run.output}" if run.output else f"published as revision {kept['revision']}")
+        f"report {page}\n{_where(kept)}"
     )
 
 
@@ -309,6 +308,15 @@ def _as_json(outcome: TaskOutcome) -> dict[str, Any]:
 def _print_skipped(skipped: Sequence[str]) -> None:
     for line in skipped:
         err.print(f"skipped {line}", style="yellow")
+
+
+def _where(kept: dict[str, Any]) -> str:
+    """What a destination says, for people."""
+    if "output" in kept:
+        return f"wrote {kept['output']}"
+    if kept["published"]:
+        return f"published as revision {kept['revision']}"
+    return f"nothing published; the store stays at revision {kept['revision']}"
 
 
 def _figures(trained: TrainedTask) -> str:
