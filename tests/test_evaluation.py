@@ -138,6 +138,24 @@ def test_every_selection_can_be_evaluated(
     assert overall.accuracy == pytest.approx(np.mean(answered))
 
 
+def test_an_answer_of_the_same_label_space_is_of_the_right_task() -> None:
+    """Two sites with the same pictures: whichever of them answers, the label is what counts."""
+    backbone = backbone_manifest(feature_dim=D)
+    features = make_features("birds", feature_dim=D, seed=1, num_test=12, spread=0.2)
+
+    def overall(label_space: str | None) -> Evaluation:
+        modules = [
+            read_module(train_task(task, features, backbone, seed=seed, label_space=label_space).data).module
+            for seed, task in enumerate(("north", "south"))
+        ]
+        bank = ModuleBank.build(modules, revision=1, backbone_fingerprint="b" * 64, feature_dim=D)
+        return evaluate_bank(bank, {"north": features, "south": features})[0]
+
+    assert set(figures(overall("birds")).values()) == {1.0}
+    apart = overall(None)
+    assert (apart.selection_accuracy, apart.accuracy, apart.lda_accuracy) == (0.5, 0.5, 0.5)
+
+
 def test_an_unknown_task_is_refused(bank: ModuleBank, data: dict[str, LabelledFeatures]) -> None:
     with pytest.raises(UnknownTask, match="'fish' is not active"):
         evaluate_bank(bank, {"fish": data["birds"]})

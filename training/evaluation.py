@@ -1,7 +1,8 @@
 """How well a store answers labelled pictures, with the published decomposition.
 
 End-to-end accuracy = choosing the right task, then the right class; both are reported apart, and beside
-them what the closed-form classifier alone would have reached on the same pictures.
+them what the closed-form classifier alone would have reached on the same pictures. Tasks of one label space
+answer together, so an answer of any of them is of the right task.
 """
 # N pictures
 
@@ -82,20 +83,25 @@ def _evaluate_task(
     answers = bank.answer(cls_ND, selection=selection, top_k=1)
     given = bank.answer(cls_ND, task=task, top_k=1)
     lda_task_N, lda_class_N = bank.closed_form_answer(cls_ND)
+    space_of_task = bank.spaces.space_of_task_T.tolist()
+    own = next(t for t, module in enumerate(bank.modules) if module.task == task)
     lda = [
-        bank.modules[t].task == task and bank.modules[t].labels[k] == label
+        space_of_task[t] == space_of_task[own] and bank.modules[t].labels[k] == label
         for t, k, label in zip(lda_task_N.tolist(), lda_class_N.tolist(), truth, strict=True)
     ]
     return _Outcomes(
-        right_task_N=torch.tensor([answer.task == task for answer in answers]),
-        right_given_task_N=_right(given, task, truth),
-        right_N=_right(answers, task, truth),
+        right_task_N=torch.tensor([bank.answers_for(answer, task) for answer in answers]),
+        right_given_task_N=_right(bank, given, task, truth),
+        right_N=_right(bank, answers, task, truth),
         right_lda_N=torch.tensor(lda),
         confidence_N=torch.tensor([answer.confidence for answer in answers]),
     )
 
 
-def _right(answers: Sequence[Answer], task: str, truth: Sequence[str]) -> Tensor:
+def _right(bank: ModuleBank, answers: Sequence[Answer], task: str, truth: Sequence[str]) -> Tensor:
     return torch.tensor(
-        [answer.task == task and answer.label == label for answer, label in zip(answers, truth, strict=True)]
+        [
+            bank.answers_for(answer, task) and answer.label == label
+            for answer, label in zip(answers, truth, strict=True)
+        ]
     )
