@@ -531,6 +531,7 @@ def test_evaluating_names_what_is_wrong(trained: Tosca) -> None:
         (("train", "--task", "t", "--data", "x", "--seed", "-1"), "Invalid value for '--seed'"),
         (("evaluate", "--data", "colours"), "expected TASK=SOURCE"),
         (("evaluate", "--data", "=x"), "expected TASK=SOURCE"),
+        (("evaluate", "--data", "t=x", "--data", "t=y"), "task 't' is named twice"),
         (("evaluate", "--data", "t=x", "--selection", "luck"), "expected one of lda, entropy"),
         (("predict", "x.png", "--selection", "luck"), "expected one of lda, entropy"),
         (("predict", "nowhere.png"), "nowhere.png: No such file"),

@@ -88,7 +88,7 @@ def evaluate(
     Example: tosca evaluate --data birds=pictures/birds --ray
     """
     chosen = choose(selection, SELECTIONS, "--selection")
-    named = dict(_split_data(one) for one in data)
+    named = _by_task(data)
     sources = {task: open_source(path, to_train=False) for task, path in named.items()}
     opened = ModelStore(store)
     bank = Publisher(opened, revision=revision).active.bank
@@ -182,8 +182,13 @@ def _test_part(source: PictureSource) -> PictureSource:
     return PictureSource(source.name, test, source.labels) if test else source
 
 
-def _split_data(text: str) -> tuple[str, str]:
-    task, separator, path = text.partition("=")
-    if not separator or not task or not path:
-        raise typer.BadParameter(f"{text!r}: expected TASK=SOURCE", param_hint="--data")
-    return task, path
+def _by_task(data: list[str]) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for text in data:
+        task, separator, path = text.partition("=")
+        if not separator or not task or not path:
+            raise typer.BadParameter(f"{text!r}: expected TASK=SOURCE", param_hint="--data")
+        if task in sources:
+            raise typer.BadParameter(f"task {task!r} is named twice", param_hint="--data")
+        sources[task] = path
+    return sources
