@@ -280,6 +280,34 @@ def test_repeats_are_told_in_one_line_and_in_the_report(trained: Tosca, tmp_path
     assert_fault(trained("train", "--task", "t", "--data", "data"), "one picture has two labels")
 
 
+def test_a_report_that_cannot_be_written_costs_no_module(trained: Tosca, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    warning = "warning: report file/t.md cannot be written: File exists"
+    one = trained(
+        "train", "--task", "t", "--data", "colours", "--report", "file", "--output", "t.safetensors"
+    )
+    assert (one.code, one.err.splitlines()) == (0, [warning])
+    assert one.out.endswith("wrote t.safetensors\n") and "report" not in one.out
+    read_module(Path("t.safetensors").read_bytes())
+    (tmp_path / "many").mkdir()
+    (tmp_path / "colours").rename(tmp_path / "many/t")
+    many = trained(
+        "train", "--many", "many", "--report", "file", "--output", "files", "--json", "--workers", 1
+    )
+    (outcome,) = many.json["tasks"]
+    assert (many.code, outcome["status"], outcome["report"]) == (0, "trained", None)
+    assert f"{tmp_path}/file/t.md cannot be written: " in many.err
+    read_module(Path("files/t.safetensors").read_bytes())
+
+
+def test_a_damaged_cache_is_named(trained: Tosca, tmp_path: Path) -> None:
+    for file in (tmp_path / ".tosca/cache").glob("*"):
+        file.write_bytes(b"no database" * 1000)
+    fault = "file is not a database. It is only a cache: delete it"
+    assert_fault(trained("train", "--task", "colours", "--data", "colours"), fault)
+    assert_fault(trained("evaluate", "--data", "colours=colours"), fault)
+
+
 def test_a_harmful_task_is_published_only_by_force(trained: Tosca, tmp_path: Path) -> None:
     twin = ("train", "--task", "twin", "--data", "colours")
     assert_fault(trained(*twin), "registering 'twin' would lower the accuracy of task 'colours'")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import sqlite3
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from pictures import encoded, noise, write_classes, write_splits
 
 from model_store.backbone import Backbone, BackboneArtefact
 from model_store.decoding import ImageLimits
-from model_store.errors import InvalidDataset
+from model_store.errors import InvalidDataset, ToscaError
 from model_store.preprocess import load_pixels
 from training.embedding import BATCH_SIZE
 from training.feature_cache import FeatureCache
@@ -156,8 +158,29 @@ def test_the_cache_gives_back_what_was_put(tmp_path: Path) -> None:
 
 def test_a_cached_vector_of_the_wrong_size_counts_as_absent(tmp_path: Path) -> None:
     opened = FeatureCache(tmp_path, "f" * 64, "float32", 3)
-    opened.put({"a": torch.zeros(2), "b": torch.zeros(3)})
-    assert set(opened.get(["a", "b"])) == {"b"}
+    opened.put({"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(5, dtype=torch.uint8)})
+    assert set(opened.get(["a", "b", "c"])) == {"b"}
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    def faulty(folder: Path) -> AbstractContextManager[object]:
+        return pytest.raises(ToscaError, match=rf"feature cache {folder}/cls-.*: .* only a cache: delete it")
+
+    (tmp_path / "file").touch()
+    with faulty(tmp_path / "file"):
+        FeatureCache(tmp_path / "file", "f" * 64, "float32", 3)
+    opened = FeatureCache(tmp_path, "f" * 64, "float32", 3)
+    with closing(sqlite3.connect(opened.path)) as database:
+        database.execute("DROP TABLE cls")
+    with faulty(tmp_path):
+        opened.get(["a"])
+    with faulty(tmp_path):
+        opened.put({"a": torch.zeros(3)})
+    for suffix in ("-wal", "-shm"):
+        Path(f"{opened.path}{suffix}").unlink(missing_ok=True)
+    opened.path.write_bytes(b"no database" * 1000)
+    with faulty(tmp_path):
+        FeatureCache(tmp_path, "f" * 64, "float32", 3)
 
 
 def test_the_data_digest_ignores_where_the_pictures_lie(tmp_path: Path, tiny_backbone: Backbone) -> None:

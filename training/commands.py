@@ -157,8 +157,8 @@ def demo(
         assert backbone is not None, "loaded when something is missing"
         features = load_features(open_source(pictures[task]), backbone, cache, 0.0)
         trained = train_task(task, features, backbone.manifest)
-        write_report(trained, folder / "reports")
         StoreDestination(opened, force=False).keep(task, trained.data)
+        write_report(trained, folder / "reports")
         out.print(f"demo task {task}: test accuracy {trained.held_out.accuracy:.3f}")
 
 

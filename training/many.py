@@ -39,7 +39,7 @@ class TaskOutcome:
     num_computed: int = 0
     skipped: tuple[str, ...] = ()
     seconds: float = 0.0  # of training and report
-    report: Path | None = None
+    report: Path | str | None = None  # or why there is none
     kept: dict[str, Any] = field(default_factory=dict)  # what the destination says
 
 

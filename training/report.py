@@ -7,6 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from model_store.errors import ToscaError
 from training.trainer import TrainedTask
 
 
@@ -16,14 +17,20 @@ def confusion_matrix(label_N: Tensor, predicted_N: Tensor, num_classes: int) -> 
 
 
 def write_report(trained: TrainedTask, folder: Path) -> Path:
-    """Write TASK.md and TASK-confusion.png into `folder`; returns the Markdown file's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write TASK.md and TASK-confusion.png into `folder`; returns the Markdown file's path.
+
+    Raises ToscaError where they cannot be written.
+    """
     manifest, held_out = trained.manifest, trained.held_out
     confusion_KK = confusion_matrix(held_out.label_N, held_out.predictions, len(manifest.labels))
     picture = folder / f"{manifest.task}-confusion.png"
-    _plot_confusion(confusion_KK, manifest.labels, manifest.task, picture)
     page = folder / f"{manifest.task}.md"
-    page.write_text(_markdown(trained, confusion_KK, picture.name), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _plot_confusion(confusion_KK, manifest.labels, manifest.task, picture)
+        page.write_text(_markdown(trained, confusion_KK, picture.name), encoding="utf-8")
+    except OSError as error:
+        raise ToscaError(f"report {page} cannot be written: {error.strerror or error}") from error
     return page
 
 

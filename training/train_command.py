@@ -23,7 +23,7 @@ from model_store.console import (
     print_json,
     print_table,
 )
-from model_store.errors import InvalidDataset
+from model_store.errors import InvalidDataset, ToscaError
 from model_store.luca import FLOWS
 from model_store.ray_session import ray_session, room_for_workers
 from model_store.store import ModelStore
@@ -168,15 +168,19 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
         abstain_level=plan.abstain_level,
     )
     seconds = time.monotonic() - started
-    page = write_report(trained, run.report)
     if run.output is not None:
         kept: dict[str, Any] = {"output": str(write_file(run.output, trained.data))}
     else:
         kept = StoreDestination(run.store, force=run.force).keep(plan.task, trained.data)
+    page = None
+    try:
+        page = write_report(trained, run.report)
+    except ToscaError as error:
+        _warn(str(error))
     if run.json:
         print_json(
             {
-                "report": str(page),
+                "report": page,
                 "size_bytes": len(trained.data),
                 **kept,
                 "task": plan.task,
@@ -192,7 +196,8 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
         f"{plan.task}: {len(features.labels)} classes, {len(features.label_N)} pictures "
         f"({features.num_computed} new features), trained in {seconds:.1f} s\n"
         f"held-out {_figures(trained)} ({trained.held_out.evidence})\n"
-        f"report {page}\n{_where(kept)}"
+        + (f"report {page}\n" if page else "")
+        + _where(kept)
     )
 
 
@@ -216,6 +221,8 @@ def _train_many(plans: Sequence[TaskPlan], run: _Run, num_workers: int) -> None:
             workers=workers,
         ):
             _print_skipped(outcome.skipped)
+            if isinstance(outcome.report, str):
+                _warn(f"{outcome.task}: {outcome.report}")
             if outcome.fault is not None:
                 err.print(f"{outcome.task}: {outcome.fault}", style="red")
             outcomes.append(outcome)
@@ -300,9 +307,13 @@ def _as_json(outcome: TaskOutcome) -> dict[str, Any]:
             "seconds": round(outcome.seconds, 3),
             "pictures": outcome.num_pictures,
             "features_computed": outcome.num_computed,
-            "report": str(outcome.report),
+            "report": outcome.report if isinstance(outcome.report, Path) else None,
         }
     return found
+
+
+def _warn(fault: str) -> None:
+    err.print(f"warning: {fault}", style="yellow")
 
 
 def _print_skipped(skipped: Sequence[str]) -> None:

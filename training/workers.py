@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from model_store.backbone import BackboneManifest
+from model_store.errors import ToscaError
 from model_store.manifest import ModuleManifest
 from training.features import LabelledFeatures
 from training.pictures import Split
@@ -80,11 +81,11 @@ class TrainingJob:
 
 @dataclass(frozen=True, slots=True)
 class FinishedJob:
-    """A module file, its report, and how long both took."""
+    """A module file, its report or why there is none, and how long both took."""
 
     manifest: ModuleManifest
     data: bytes
-    report: Path
+    report: Path | str
     seconds: float
 
 
@@ -104,8 +105,12 @@ def run_job(job: TrainingJob) -> FinishedJob:
         label_space=plan.label_space,
         abstain_level=plan.abstain_level,
     )
-    page = write_report(trained, job.report_folder)
-    return FinishedJob(trained.manifest, trained.data, page, time.monotonic() - started)
+    report: Path | str
+    try:
+        report = write_report(trained, job.report_folder)
+    except ToscaError as error:  # the module is none the worse for it
+        report = str(error)
+    return FinishedJob(trained.manifest, trained.data, report, time.monotonic() - started)
 
 
 class TrainingPool(Protocol):
