@@ -99,6 +99,14 @@ FOLDERS = {
         ("train/cat/a.jpg", "train/dog/a.jpg", "birds/a.jpg"),
         "mixes split folders with others: birds",
     ),
+    "splits in capitals": (
+        ("Train/cat/a.jpg", "Train/dog/a.jpg", "Test/cat/a.jpg", "Test/dog/a.jpg"),
+        "Test, Train look like splits; expected train, val, test",
+    ),
+    "splits by other names": (
+        ("train/cat/a.jpg", "train/dog/a.jpg", "validation/cat/a.jpg"),
+        "train, validation look like splits; expected train, val, test",
+    ),
     "no training split": (("test/cat/a.jpg", "test/dog/a.jpg"), "has no training pictures"),
     "a class only in the test split": (
         ("train/cat/a.jpg", "train/cat/b.jpg", "test/cat/a.jpg", "test/dog/a.jpg"),
@@ -127,6 +135,10 @@ def test_a_source_to_evaluate_may_be_small_and_untrained(tmp_path: Path) -> None
     touch(tmp_path / "test" / "cat" / "a.jpg")
     source = open_source(tmp_path, to_train=False)
     assert (source.labels, len(source.pictures)) == (("cat",), 1)
+
+
+def test_a_class_may_be_called_like_a_split_beside_others(tmp_path: Path) -> None:
+    assert open_source(write_classes(tmp_path, 2, labels=("Test", "weld"))).labels == ("Test", "weld")
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:

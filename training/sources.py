@@ -22,6 +22,7 @@ from training.pictures import SPLITS, LabelledPicture, PictureSource, Split, in_
 
 SourceName = str | Path  # as `tosca train --data` takes it
 FILE_SUFFIXES = (".csv", ".parquet", ".tar")
+_NAMES_OF_SPLITS = {*SPLITS, "training", "valid", "validation", "dev", "testing"}  # in any case
 
 
 def locate(name: str, folder: Path) -> SourceName:
@@ -86,6 +87,11 @@ def _read_file(path: Path) -> list[LabelledPicture]:
 
 def _scan_folder(root: Path) -> list[LabelledPicture]:
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
+    names = {folder.name for folder in folders}
+    if names and {name.casefold() for name in names} <= _NAMES_OF_SPLITS and not names <= {*SPLITS}:
+        raise InvalidDataset(
+            f"{root}: {', '.join(sorted(names))} look like splits; expected {', '.join(SPLITS)}"
+        )
     if any(folder.name in SPLITS for folder in folders):
         strangers = [folder.name for folder in folders if folder.name not in SPLITS]
         if strangers:
