@@ -333,6 +333,33 @@ def test_an_unusable_shard_is_named(name: str, tmp_path: Path) -> None:
         open_source(write_tar(tmp_path / "x.tar", entries))
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-000", "train"),
+        ("training_0", "train"),
+        ("val", "val"),
+        ("valid-0", "val"),
+        ("validation-00000-of-00002", "val"),
+        ("test0", "test"),
+        ("testing-0", "test"),
+        ("birds-0", "train"),
+    ],
+)
+def test_a_shard_is_of_the_split_that_its_name_begins_with(name: str, split: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / f"{name}.tar", [("1.png", PNG), ("1.cls", b"cat")])
+    assert [one.split for one in open_source(tmp_path, to_train=False).pictures] == [split]
+
+
+@pytest.mark.parametrize("name", ["Test-0", "tests-0", "trained-0", "value-0"])
+def test_a_shard_that_resembles_a_split_is_refused_beside_others(name: str, tmp_path: Path) -> None:
+    for one in ("a-0", name):
+        path = write_tar(tmp_path / f"{one}.tar", [("1.png", PNG), ("1.cls", b"cat")])
+    with pytest.raises(InvalidDataset, match=f"{name}.tar looks like a split; expected train-"):
+        open_source(tmp_path, to_train=False)
+    assert open_source(path, to_train=False).pictures[0].split == "train"
+
+
 def test_files_of_no_sample_are_passed_over(tmp_path: Path, samples: list[Sample]) -> None:
     entries = [("README", b"hello"), (".hidden", b"")]
     for i, one in enumerate(samples):

@@ -5,7 +5,8 @@ text in NAME.cls or as `label` in NAME.json.
 
     000017.jpg  000017.cls
 
-A folder of shards tells splits by their names: train-000.tar, val-000.tar (or validation-), test-000.tar.
+A folder of shards tells splits by their names: train-000.tar (or training-), val-000.tar (or valid-,
+validation-), test-000.tar (or testing-). Others are of training pictures.
 """
 
 import json
@@ -18,10 +19,11 @@ from pathlib import Path, PurePosixPath
 
 from model_store.decoding import IMAGE_SUFFIXES
 from model_store.errors import InvalidDataset, InvalidImage
-from training.pictures import LabelledPicture, Split
+from training.pictures import SPLITS, LabelledPicture, Split
 
 _MAX_LABEL_BYTES = 2**20
-_SPLIT = re.compile(r"(train|val|test)(idation)?(?![a-zA-Z])")
+_SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?![a-zA-Z])")
+_LIKE_A_SPLIT = re.compile(r"train|val|test", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,11 @@ def read_shards(shards: list[Path]) -> list[LabelledPicture]:
     pictures = []
     for tar in shards:
         split = _split_of(tar)
+        if split is None and len(shards) > 1 and _LIKE_A_SPLIT.match(tar.name):
+            raise InvalidDataset(f"{tar} looks like a split; expected train-*.tar, val-*.tar or test-*.tar")
         for key, members in groupby(_members(tar), key=_key):
             if key is not None:
-                pictures.append(_sample(tar, key, list(members), split))
+                pictures.append(_sample(tar, key, list(members), split or "train"))
     return pictures
 
 
@@ -119,9 +123,7 @@ def _text(member: TarMember) -> str:
         raise InvalidDataset(f"{member}: {error}") from error
 
 
-def _split_of(tar: Path) -> Split:
+def _split_of(tar: Path) -> Split | None:
+    """The split that a shard's name begins with, if any."""
     found = _SPLIT.match(tar.name)
-    if found is None:
-        return "train"
-    name = found[1]
-    return "val" if name == "val" else "test" if name == "test" else "train"
+    return next(split for split in SPLITS if split in found.groups()) if found else None
