@@ -308,6 +308,14 @@ def test_a_missing_file_of_a_manifest_is_listed(tmp_path: Path, tiny_backbone: B
     assert features.skipped[0] == f"{tmp_path}/data/blue/003.png: cannot be opened"
 
 
+def test_a_path_that_no_file_can_have_is_listed(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    write_classes(tmp_path / "data", 3)
+    rows = [f"data/{label}/{i:03d}.png,{label}" for label in ("blue", "red") for i in range(3)]
+    (tmp_path / "x.csv").write_text("\n".join(["path,label", *rows, "data/\0.png,red"]))
+    features = extract(tmp_path / "x.csv", tiny_backbone, tmp_path / "cache", max_corrupt_fraction=0.2)
+    assert features.skipped == (f"{tmp_path}/data/\0.png: cannot be opened",)
+
+
 def test_a_picture_over_the_limits_is_listed(tmp_path: Path, tiny_backbone: Backbone) -> None:
     data = write_classes(tmp_path / "data", 3)
     (data / "red/000.png").write_bytes(encoded(noise(size=(90, 90))))

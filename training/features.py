@@ -279,7 +279,7 @@ def _hash_picture(path: PicturePath) -> tuple[str, str]:
             return hashlib.sha256(path.read_bytes()).hexdigest(), ""
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest(), ""
-    except OSError:
+    except (OSError, ValueError):  # a path may hold what no file name can
         return "", "cannot be opened"
     except InvalidImage as error:
         return "", str(error)
