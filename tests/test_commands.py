@@ -557,6 +557,7 @@ def test_evaluating_names_what_is_wrong(trained: Tosca) -> None:
         ),
         (("train", "--task", "t", "--data", "x", "--max-corrupt", "2"), "Invalid value for '--max-corrupt'"),
         (("train", "--task", "t", "--data", "x", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("train", "--task", "t", "--data", "x", "--seed", "9" * 20), "Invalid value for '--seed'"),
         (("evaluate", "--data", "colours"), "expected TASK=SOURCE"),
         (("evaluate", "--data", "=x"), "expected TASK=SOURCE"),
         (("evaluate", "--data", "t=x", "--data", "t=y"), "task 't' is named twice"),

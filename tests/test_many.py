@@ -19,7 +19,7 @@ from training.destinations import Destination, FolderDestination, StoreDestinati
 from training.feature_cache import FeatureCache
 from training.features import HashedSource, LabelledFeatures, extract_each, extract_features, hash_source
 from training.many import TaskOutcome, train_many
-from training.plans import TaskPlan, read_plans
+from training.plans import MAX_SEED, TaskPlan, read_plans
 from training.sources import open_source
 from training.trainer import train_task
 from training.workers import Workers
@@ -366,6 +366,10 @@ LISTS = {
     "an unknown setting": ('[tasks.a]\ndata = "x"\nepochs = 3\n', "tasks.a.epochs: Extra inputs"),
     "an unknown recipe": ('[tasks.a]\ndata = "x"\nrecipe = "best"\n', "tasks.a.recipe: Input should be"),
     "a negative seed": ('[tasks.a]\ndata = "x"\nseed = -1\n', "tasks.a.seed: Input should be greater"),
+    "a seed beyond all generators": (
+        f'[tasks.a]\ndata = "x"\nseed = {MAX_SEED + 1}\n',
+        "tasks.a.seed: Input should be less",
+    ),
     "two of one name": ('[tasks.a]\ndata = "x"\n[tasks.a]\ndata = "y"\n', "Cannot declare"),
 }
 

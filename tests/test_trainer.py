@@ -16,6 +16,7 @@ from model_store.luca import FLOWS, Flow
 from model_store.module_file import MAX_CALIBRATION_VECTORS, ModuleFile, check_module, read_module
 from model_store.statistics import fit_class_statistics
 from training.features import LabelledFeatures
+from training.plans import MAX_SEED
 from training.recipes import (
     BY_NAME,
     DEFAULT,
@@ -98,6 +99,10 @@ def test_the_same_seed_gives_the_same_module(recipe: RecipeName) -> None:
 def test_the_same_seed_gives_the_same_bytes() -> None:
     given = features(per_class=4, num_test=1)
     assert len({train(given, seed=3).data for _ in range(12)}) == 1
+
+
+def test_the_largest_seed_trains() -> None:
+    assert train(features(per_class=4, num_test=1), seed=MAX_SEED).manifest.training["seed"] == MAX_SEED
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -23,6 +23,8 @@ from model_store.manifest import ModuleManifest
 from training.recipes import BY_NAME, RecipeName
 from training.sources import FILE_SUFFIXES, SourceName, locate
 
+MAX_SEED = 2**53  # exact in JSON, and torch's generators take a thousand times as much
+
 
 @dataclass(frozen=True, slots=True)
 class TaskPlan:
@@ -58,7 +60,7 @@ class _Entry(BaseModel):
     data: str = Field(min_length=1)
     recipe: RecipeName | None = None
     flow: Flow | None = None
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
     label_space: str | None = None
     abstain_level: float | None = Field(None, ge=0.0, le=1.0)
     min_images: int | None = Field(None, ge=1)

@@ -42,7 +42,7 @@ from training.loading import (
     num_threads,
 )
 from training.many import TaskOutcome, train_many
-from training.plans import TaskPlan, read_plans
+from training.plans import MAX_SEED, TaskPlan, read_plans
 from training.recipes import RECIPES
 from training.sources import open_source
 from training.trainer import TrainedTask, check_names, train_task
@@ -72,7 +72,7 @@ def train(
     report: Annotated[Path, typer.Option(help="Folder for the report.")] = _REPORTS,
     recipe: Annotated[str, typer.Option(help=f"One of: {', '.join(RECIPES)}.")] = "default",
     flow: Annotated[str, typer.Option(help=f"One of: {', '.join(FLOWS)}.")] = "tosca",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     label_space: Annotated[
         str | None, typer.Option(help="Tasks that name the same space answer together about its labels.")
     ] = None,
