@@ -122,6 +122,11 @@ def test_labels_that_look_like_formulas_are_drawn_as_they_are(
     write_report(relabelled(trained, labels), tmp_path)
 
 
+def test_scripts_that_the_font_lacks_cause_no_warning(trained: TrainedTask, tmp_path: Path) -> None:
+    page = write_report(relabelled(trained, ("猫", "कुत्ता", "🐈")), tmp_path)
+    assert set(class_rows(page.read_text(encoding="utf-8"))) == {"猫", "कुत्ता", "🐈"}
+
+
 def test_many_classes_fit_on_one_picture(tmp_path: Path) -> None:
     features = make_features("many", feature_dim=32, num_classes=60, per_class=2, num_test=1)
     trained = train_task("many", features, backbone_manifest(feature_dim=32), recipe="reference")

@@ -1,6 +1,7 @@
 """The training report: Markdown with a per-class table, and the confusion matrix as a picture."""
 # K classes
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -97,4 +98,6 @@ def _plot_confusion(confusion_KK: Tensor, labels: tuple[str, ...], title: str, p
                 if count:
                     dark = float(share_KK[i, j]) > 0.5
                     axes.text(j, i, str(count), ha="center", va="center", color="white" if dark else "black")
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():  # a script that the font lacks is drawn as boxes; the page has the labels
+        warnings.filterwarnings("ignore", r"Glyph \d+|Matplotlib currently does not support", UserWarning)
+        figure.savefig(path, dpi=110)
