@@ -308,6 +308,13 @@ def test_a_damaged_cache_is_named(trained: Tosca, tmp_path: Path) -> None:
     assert_fault(trained("evaluate", "--data", "colours=colours"), fault)
 
 
+def test_an_output_of_the_wrong_kind_is_refused_before_training(trained: Tosca, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    one = trained("train", "--task", "t", "--data", "colours", "--output", "colours")
+    assert_usage(one, "colours is a folder, expected a file")
+    assert_usage(trained("train", "--many", ".", "--output", "file"), "file is a file, expected a folder")
+
+
 def test_a_harmful_task_is_published_only_by_force(trained: Tosca, tmp_path: Path) -> None:
     twin = ("train", "--task", "twin", "--data", "colours")
     assert_fault(trained(*twin), "registering 'twin' would lower the accuracy of task 'colours'")

@@ -12,7 +12,7 @@ import torch
 from pictures import encoded, noise, write_classes, write_splits
 
 from model_store.backbone import Backbone
-from model_store.errors import InvalidDataset
+from model_store.errors import InvalidDataset, ToscaError
 from model_store.module_file import read_module
 from model_store.store import ModelStore
 from training.destinations import Destination, FolderDestination, StoreDestination
@@ -221,6 +221,13 @@ def test_a_task_that_would_harm_another_is_refused_and_the_next_published(
     assert statuses(outcomes) == {"a": "trained", "twin": "failed", "z": "trained"}
     assert "would lower the accuracy of task 'a'" in str(outcomes["twin"].fault)
     assert set(tiny_store.require_head().tasks) == {"a", "z"}
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "t.safetensors").mkdir()
+    with pytest.raises(ToscaError, match=r"t\.safetensors cannot be written: Is a directory"):
+        FolderDestination(tmp_path).keep("t", b"data")
+    assert [one.name for one in tmp_path.iterdir()] == ["t.safetensors"]
 
 
 # -- again -------------------------------------------------------------------------------------------

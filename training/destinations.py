@@ -1,5 +1,6 @@
 """Where finished module files go: a folder, or a model store that serves them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,5 +64,7 @@ def write_file(path: Path, data: bytes) -> Path:
         partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ToscaError(f"{path} cannot be written: {error.strerror}") from error
     return path

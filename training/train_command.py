@@ -119,6 +119,10 @@ def train(
         plans = read_plans(many, like)
     elif task is None or data is None:
         raise typer.BadParameter("expected --task with --data, or --many", param_hint="--task")
+    if output is not None and output.is_dir() and many is None:
+        raise typer.BadParameter(f"{output} is a folder, expected a file", param_hint="--output")
+    if output is not None and output.is_file() and many is not None:
+        raise typer.BadParameter(f"{output} is a file, expected a folder", param_hint="--output")
     run = _Run(ModelStore(store), cache, device, runtime, max_corrupt, report, output, force, json, ray)
     with ray_session() if ray else contextlib.nullcontext():
         if many is not None:
