@@ -15,13 +15,15 @@ from model_store.console import (
     print_json,
     print_table,
 )
-from model_store.errors import InvalidBackbone
+from model_store.errors import InvalidBackbone, InvalidDataset
 from model_store.measuring import Plan, Tuned, tune
-from model_store.parity import read_labelled
+from model_store.parity import LabelledPixels, read_labelled
 from model_store.publishing import Publisher
 from model_store.runtimes.runtime import RUNTIMES
 from model_store.store import ModelStore
 from model_store.tuning import Tuning
+
+_FEW_PICTURES = 24  # fewer are told of; the demo tunes with so many
 
 
 def backbone_tune(
@@ -48,6 +50,7 @@ def backbone_tune(
     head = opened.require_head()
     artefact = opened.backbone(head.backbone_fingerprint)
     labelled = read_labelled(_folders(data), artefact.manifest.preprocessing, pictures)
+    _judge(labelled)
     tuned = tune(
         artefact,
         labelled,
@@ -114,6 +117,19 @@ def _require(tuned: Tuned) -> None:
             raise InvalidBackbone(f"runtime {one.runtime} is refused: {one.refused}")
 
 
+def _judge(labelled: LabelledPixels) -> None:
+    """Warn of few pictures. Raises InvalidDataset for those of one class, which no runtime gets wrong."""
+    if len(set(labelled.truth)) < 2:
+        task, label = labelled.truth[0]
+        raise InvalidDataset(f"{task}: all pictures are of class {label!r}, parity needs two classes")
+    if len(labelled.truth) < _FEW_PICTURES:
+        err.print(
+            f"warning: {len(labelled.truth)} pictures say little about parity, "
+            f"expected {_FEW_PICTURES} or more",
+            style="yellow",
+        )
+
+
 def _folders(data: list[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in data:
@@ -121,5 +137,8 @@ def _folders(data: list[str]) -> dict[str, Path]:
         folder = Path(path if separator else text)
         if not folder.is_dir():
             raise typer.BadParameter(f"{folder} is no folder", param_hint="--data")
-        folders[name if separator else folder.resolve().name] = folder
+        task = name if separator else folder.resolve().name
+        if task in folders:
+            raise typer.BadParameter(f"{folders[task]} and {folder} are both {task!r}", param_hint="--data")
+        folders[task] = folder
     return folders

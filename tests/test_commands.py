@@ -184,6 +184,18 @@ def test_a_backbone_is_tuned_on_real_pictures(trained: Tosca) -> None:
     assert again.json["features_computed"] == 27, "features of another runtime are not mixed in"
 
 
+def test_tuning_on_one_class_is_refused_and_on_few_pictures_told_of(trained: Tosca, tmp_path: Path) -> None:
+    write_classes(tmp_path / "red", 30, labels=("red",))
+    tune = ("backbone", "tune", "--rounds", 1, "--batch", 1, "--runtime", "torch-float32", "--data")
+    assert_fault(trained(*tune, "red"), "red: all pictures are of class 'red', parity needs two classes")
+    assert not list(tmp_path.glob(".tosca/store/backbones/*/tunings/*"))
+    few = trained(*tune, "colours", "--pictures", 6)
+    assert few.code == 0
+    assert "warning: 6 pictures say little about parity, expected 24 or more" in few.err.splitlines()
+    assert "warning" not in trained(*tune, "colours").err
+    assert_usage(trained(*tune, "x=colours", "--data", "x=red"), "colours and red are both 'x'")
+
+
 def test_a_runtime_asked_for_and_refused_changes_nothing(
     trained: Tosca, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
