@@ -16,7 +16,7 @@ from typing import Protocol
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, ObjectStore, from_url
+from obstore.store import LocalStore, MemoryStore, ObjectStore, from_url
 
 from model_store.errors import StoreUnavailable
 
@@ -60,11 +60,24 @@ class Files(Protocol):
 
 
 class ObjectFiles:
-    """Files through obstore: a local folder (created when absent), S3, GCS or Azure."""
+    """Files through obstore: a local folder (created when first written to), S3, GCS or Azure."""
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._store, self._root = _open(url)
+        self._root = folder_of(url)
+        is_absent = self._root is not None and not self._root.exists()
+        self._opened = None if is_absent else _open(url)
+
+    @property
+    def _store(self) -> ObjectStore:
+        """The storage, or an empty one in place of a folder that is not there."""
+        if self._opened is None and self._root is not None and self._root.exists():
+            self._begin()
+        return self._opened or MemoryStore()
+
+    def _begin(self) -> None:
+        """Create the folder of a store that is to be written to."""
+        self._opened = self._opened or _open(self._url)
 
     def get(self, path: str) -> bytes | None:
         with self._translated():
@@ -82,6 +95,7 @@ class ObjectFiles:
         return True
 
     def put_new(self, path: str, data: bytes) -> bool:
+        self._begin()
         with self._translated():
             try:
                 # One whole put: multipart uploads have no put-if-absent everywhere.
@@ -93,6 +107,7 @@ class ObjectFiles:
         return True
 
     def put(self, path: str, data: bytes) -> None:
+        self._begin()
         with self._translated():
             obstore.put(self._store, path, data, use_multipart=False)
 
@@ -137,15 +152,15 @@ def folder_of(url: str) -> Path | None:
     return None
 
 
-def _open(url: str) -> tuple[ObjectStore, Path | None]:
+def _open(url: str) -> ObjectStore:
     path = folder_of(url)
     if path is not None:
         try:
-            return LocalStore(path, mkdir=True), path
+            return LocalStore(path, mkdir=True)
         except (BaseError, OSError) as error:
             raise StoreUnavailable(f"store folder {path} cannot be opened: {error}") from error
     try:
-        return from_url(url), None
+        return from_url(url)
     except (BaseError, ValueError) as error:
         raise StoreUnavailable(f"store {url} cannot be opened: {error}") from error
 

@@ -55,7 +55,7 @@ class ModelStore:
     """A store URL opened for reading and publishing. Safe to use from several threads and processes."""
 
     def __init__(self, url: str | Path, author: str | None = None, files: Files | None = None) -> None:
-        """Open a folder (a path or file:// URL, created when absent) or s3://, gs://, az:// URL.
+        """Open a folder (a path or file:// URL, created when first written to) or s3://, gs://, az:// URL.
 
         Credentials and endpoints of object stores come from their usual environment variables. `files`
         takes the place of what the URL names.

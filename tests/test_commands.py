@@ -488,6 +488,21 @@ def test_unknown_things_are_named(arguments: tuple[str, ...], fault: str, traine
     assert_fault(trained(*arguments), fault)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("backbone", "list"),
+        ("tasks", "list"),
+        ("revisions", "list"),
+        ("train", "--task", "t", "--data", "colours"),
+        ("evaluate", "--data", "t=colours"),
+    ],
+)
+def test_a_mistyped_store_is_not_created(arguments: tuple[str, ...], trained: Tosca) -> None:
+    trained(*arguments, "--store", "mistyped")
+    assert not Path("mistyped").exists()
+
+
 def test_a_damaged_store_is_named(trained: Tosca, tmp_path: Path) -> None:
     (tmp_path / ".tosca/store/revisions/000000000003.json").write_text("{")
     assert_fault(trained("tasks", "list"), "revision 3 cannot be read")
