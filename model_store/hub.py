@@ -2,7 +2,7 @@
 
     README.md                         the model card
     TASK.safetensors                  a module file
-    TASK.safetensors.KEYID.sig        signatures of it
+    TASK.safetensors.NUMBER.KEYID.sig signatures of it
     backbone/manifest.json            the backbone they belong to
     backbone/weights.safetensors
 
@@ -148,8 +148,8 @@ class HubRepository:
             name = f"{file.manifest.task}{SUFFIX}"
             read[file.manifest.task] = file
             files[name] = data
-            for one in signatures:
-                files[f"{name}.{one.key_id}.sig"] = one.model_dump_json().encode() + b"\n"
+            for i, one in enumerate(signatures):  # several may name one key
+                files[f"{name}.{i}.{one.key_id}.sig"] = one.model_dump_json().encode() + b"\n"
         if weights is not None:
             files[BACKBONE_MANIFEST] = backbone.model_dump_json(indent=2).encode()
             files[BACKBONE_WEIGHTS] = weights

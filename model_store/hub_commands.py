@@ -169,8 +169,8 @@ def _keep(
 
 
 def _best(signatures: tuple[Signature, ...], trust: Trust) -> Signature | None:
-    """The signature to keep beside the module: a trusted signer's before any other."""
-    return min(signatures, key=lambda one: one.key_id not in trust.key_of, default=None)
+    """The signature to keep beside the module: one of a trusted signer that holds before any other."""
+    return min(signatures, key=lambda one: trust.signer_by(one) is None, default=None)
 
 
 def _write(path: Path, pulled: PulledModule) -> Path:

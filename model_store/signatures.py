@@ -87,19 +87,26 @@ class Trust:
         Raises UntrustedModule when one is required.
         """
         for one in signatures:
-            name, key = self.key_of.get(one.key_id, (None, None))
-            if key is None or one.module_sha256 != sha256:
-                continue
-            try:
-                key.verify(base64.b64decode(one.signature, validate=True), _message(sha256))
-            except (InvalidSignature, binascii.Error, ValueError):
-                continue
-            return name
+            name = self.signer_by(one)
+            if name is not None and one.module_sha256 == sha256:
+                return name
         if self.is_required:
             raise UntrustedModule(
                 f"module {sha256[:12]}… has no valid signature of the {len(self.key_of)} trusted signers"
             )
         return None
+
+    def signer_by(self, signature: Signature) -> str | None:
+        """The trusted signer of a signature that holds for the module it names."""
+        name, key = self.key_of.get(signature.key_id, (None, None))
+        if key is None:
+            return None
+        message = _message(signature.module_sha256)
+        try:
+            key.verify(base64.b64decode(signature.signature, validate=True), message)
+        except (InvalidSignature, binascii.Error, ValueError):
+            return None
+        return name
 
 
 def make_private_key() -> bytes:

@@ -4,7 +4,7 @@
     backbones/<fingerprint>/exports/<sha256>.onnx
     backbones/<fingerprint>/tunings/<number>.json
     modules/<sha256>.safetensors
-    signatures/<sha256>/<key id>.json
+    signatures/<sha256>/<key id>.<sha256 of this file>.json
     revisions/<number>.json
     epochs/<sha256>.safetensors
     listings/<sha256>.safetensors
@@ -164,9 +164,11 @@ class ModelStore:
     # -- signatures ----------------------------------------------------------------------------------
 
     def put_signature(self, signature: Signature) -> None:
-        """Keep a signature beside its module (idempotent)."""
-        path = f"signatures/{signature.module_sha256}/{signature.key_id}.json"
-        self._files.put_new(path, signature.model_dump_json().encode())
+        """Keep a signature beside its module (idempotent), and beside others that name the same key: anybody
+        may name it."""
+        data = signature.model_dump_json().encode()
+        name = f"{signature.key_id}.{hashlib.sha256(data).hexdigest()}"
+        self._files.put_new(f"signatures/{signature.module_sha256}/{name}.json", data)
 
     def signatures(self, sha256: str) -> list[Signature]:
         """The signatures that lie beside a module, none of them judged; unreadable ones are left out."""

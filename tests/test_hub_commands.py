@@ -183,7 +183,9 @@ def test_a_required_signature_is_required_of_a_hub_too(
     trusted, stranger = read_private_key(make_private_key()), read_private_key(make_private_key())
     signers = signers_file(tmp_path / "signers.json", trusted)
     for key in (trusted, stranger):
-        filled.put_signature(signed_by(key, make_module("birds")))
+        good = signed_by(key, make_module("birds"))
+        filled.put_signature(good)
+        filled.put_signature(good.model_copy(update={"signature": "A" * 86 + "=="}))
     filled.put_signature(signed_by(stranger, make_module("ants", seed=1)))
     tosca("push", "me/all", "--task", "birds", "--task", "ants", "--store", filled.url)
     demanding = ("--trusted-signers", signers, "--require-signature")

@@ -131,6 +131,30 @@ def test_a_second_writer_cannot_smuggle_an_unsigned_module_in(
     assert publisher.active.revision.number == 1
 
 
+def test_a_signature_that_does_not_hold_is_in_the_way_of_no_other(
+    tiny_store: ModelStore, trust: Trust, make_module: MakeModule
+) -> None:
+    data = make_module("birds")
+    good = sign(digest(data), CI)
+    publisher = Publisher(tiny_store)
+    publisher.register(data, signature=good.model_copy(update={"signature": "A" * 86 + "=="}))
+    publisher.remove("birds")
+    assert Publisher(tiny_store, trust=trust).register(data, signature=good).published
+    restarted = Publisher(ModelStore(tiny_store.url), trust=trust)
+    assert restarted.active.bank.signers == {digest(data): "ci"}
+
+
+def test_signatures_of_older_stores_are_read(tiny_store: ModelStore) -> None:
+    folder = Path(tiny_store.url) / "signatures" / SHA
+    folder.mkdir(parents=True)
+    older = sign(SHA, CI)
+    (folder / f"{older.key_id}.json").write_text(older.model_dump_json())
+    tiny_store.put_signature(sign(SHA, STRANGER))
+    assert sorted(one.key_id for one in tiny_store.signatures(SHA)) == sorted(
+        [older.key_id, sign(SHA, STRANGER).key_id]
+    )
+
+
 def test_a_damaged_signature_in_the_store_is_no_signature(tiny_store: ModelStore) -> None:
     tiny_store.put_signature(sign(SHA, CI))
     folder = Path(tiny_store.url) / "signatures" / SHA
