@@ -95,6 +95,7 @@ class Publisher:
     ) -> Outcome:
         """Add or replace the task of a module file.
 
+        A `signature` is kept for a module that is active already, too, and counts for whoever reads it next.
         Raises InvalidModule for a bad file or one that is not signed as it must be, and HarmsOtherTasks
         when another task would lose more than the margin and `force` is not set; in each case nothing has
         changed.
@@ -107,14 +108,17 @@ class Publisher:
         def reason_after(parent: Revision) -> str:
             return reason or f"{'replace' if task in parent.tasks else 'add'} {task}"
 
+        def keep_signatures() -> None:
+            for one in given:
+                self.store.put_signature(one)
+
         def keep(outcome: Outcome) -> None:
             if outcome.harmed and not force:
                 raise HarmsOtherTasks(_harm(task, outcome, self.margin))
             self.store.put_module(data)
-            for one in given:
-                self.store.put_signature(one)
+            keep_signatures()
 
-        return self._change(
+        outcome = self._change(
             with_task(task, file.sha256),
             reason_after,
             author,
@@ -123,6 +127,9 @@ class Publisher:
             keep=keep,
             dry_run=dry_run,
         )
+        if not outcome.published and not dry_run:
+            keep_signatures()
+        return outcome
 
     def remove(self, task: str, *, reason: str = "", author: str | None = None) -> Outcome:
         """Take a task out of the active set; its file stays in the store. Raises UnknownTask."""

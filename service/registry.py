@@ -110,11 +110,20 @@ class TaskRegistry:
         )
 
     async def register_stored(
-        self, sha256: str, *, dry_run: bool, force: bool, reason: str, author: str | None = None
+        self,
+        sha256: str,
+        *,
+        dry_run: bool,
+        force: bool,
+        reason: str,
+        author: str | None = None,
+        signature: Signature | None = None,
     ) -> Outcome:
         """Register a module that lies in the store already. Raises UnknownModule."""
         data = await self._run(lambda: self._publisher.store.module(sha256))
-        return await self.register(data, dry_run=dry_run, force=force, reason=reason, author=author)
+        return await self.register(
+            data, dry_run=dry_run, force=force, reason=reason, author=author, signature=signature
+        )
 
     async def remove(self, task: str, *, reason: str, author: str | None = None) -> Outcome:
         return await self._change(

@@ -186,5 +186,33 @@ def test_over_http_the_signature_is_a_header_and_the_signer_is_listed_and_in_the
         assert answer["receipt"]["signer"] == "ci"
 
 
+def test_an_active_module_can_be_signed_later(
+    tiny_store: ModelStore, trust: Trust, make_module: MakeModule
+) -> None:
+    data = make_module("birds")
+    publisher = Publisher(tiny_store)
+    publisher.register(data)
+    publisher.register(data, signature=sign(digest(data), CI), dry_run=True)
+    assert tiny_store.signatures(digest(data)) == []
+    assert not publisher.register(data, signature=sign(digest(data), CI)).published
+    assert Publisher(tiny_store, trust=trust).active.bank.signers == {digest(data): "ci"}
+
+
+@pytest.mark.parametrize("by_reference", [False, True])
+def test_over_http_too_an_active_module_can_be_signed_later(
+    by_reference: bool, tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
+) -> None:
+    data = make_module("birds")
+    signature = sign(digest(data), CI)
+    headers = {"x-module-signature": signature.model_dump_json()}
+    body = {"json": {"module_sha256": digest(data)}} if by_reference else {"content": data}
+    with TestClient(create_app(Settings(store=tiny_store.url, store_poll_s=0.0), tiny_backbone)) as client:
+        assert client.post("/tasks", content=data).status_code == 201
+        dry_run = client.post("/tasks", params={"dry_run": True}, headers=headers, **body)
+        assert dry_run.status_code == 200 and tiny_store.signatures(digest(data)) == []
+        assert client.post("/tasks", headers=headers, **body).status_code == 200
+    assert tiny_store.signatures(digest(data)) == [signature]
+
+
 def test_a_signature_is_kept_in_a_documented_form() -> None:
     assert set(json.loads(sign(SHA, CI).model_dump_json())) == set(Signature.model_fields)

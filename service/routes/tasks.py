@@ -59,7 +59,12 @@ async def register_task(
     body = await read_module_body(request)
     if isinstance(body, StoredModule):
         outcome = await state.registry.register_stored(
-            body.module_sha256, dry_run=dry_run, force=force, reason=reason, author=caller.author
+            body.module_sha256,
+            dry_run=dry_run,
+            force=force,
+            reason=reason,
+            author=caller.author,
+            signature=signature,
         )
     else:
         outcome = await state.registry.register(
