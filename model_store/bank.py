@@ -69,7 +69,7 @@ class ModuleBank:
     signers: Mapping[str, str]  # trusted signers by SHA-256 of the module
     _index: dict[str, int] = field(repr=False)
     # Filled when a task first answers, by digest of its module: a function of the rest, so that sharing it
-    # between threads is safe, and in an epoch between banks.
+    # between threads is safe, and between banks that score the task alike.
     _known_vectors: dict[str, _KnownVectors] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -103,9 +103,9 @@ class ModuleBank:
         elif pooled is None:
             pooled = _pool(ordered, feature_dim, previous, recall)
         sizes = [len(module.labels) for module in ordered]
+        basis = previous.selector if previous is not None and is_continued else None
         selector = None
         if ordered:
-            basis = previous.selector if previous is not None and is_continued else None
             sha256s = epoch.sha256s if epoch else None
             selector = WhitenedCosine.fit(
                 ClassMeans.of([module.mean_KD for module in ordered], [module.sha256 for module in ordered]),
@@ -116,7 +116,7 @@ class ModuleBank:
             ).to(device)
         no_probabilities = torch.empty(0, dtype=torch.float64)
         known_vectors = {}
-        if previous is not None and is_continued:
+        if previous is not None and _have_equal_scores(basis, selector):
             active = {module.sha256 for module in ordered}
             known = dict(previous._known_vectors)  # a copy in one step: others are adding to it
             known_vectors = {sha256: vectors for sha256, vectors in known.items() if sha256 in active}
@@ -152,9 +152,15 @@ class ModuleBank:
             sha256s=frozenset(module.sha256 for module in self.modules),
         )
 
+    @property
+    def scores_tasks_apart(self) -> bool:
+        """Whether each task has the same scores whatever others are active: in an epoch, unless it began with
+        fewer classes than features."""
+        return self.epoch is not None and self.selector is not None and self.selector.metric.spans_all
+
     def among(self, tasks: Iterable[str]) -> "ModuleBank":
         """The bank of some of its tasks alone, in its epoch. Raises UnknownTask."""
-        assert self.epoch is not None, "in no epoch fewer tasks have a metric of their own"
+        assert self.scores_tasks_apart, "among fewer its tasks would have other scores"
         return ModuleBank.build(
             [self.module(task) for task in tasks],
             revision=self.revision,
@@ -425,6 +431,14 @@ class ModuleBank:
                 score_MC.amax(dim=1).sort().values, true_probability_M.sort().values
             )
         return self._known_vectors[sha256]
+
+
+def _have_equal_scores(before: WhitenedCosine | None, after: WhitenedCosine | None) -> bool:
+    """Whether classes of both have the same scores to the last bit, with one metric and one centre. Whoever
+    is screened has norms of float32."""
+    if before is None or after is None:
+        return False
+    return after.metric.spans_all and (before.screen is None) == (after.screen is None)
 
 
 def _pool(

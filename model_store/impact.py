@@ -1,9 +1,9 @@
 """The impact report: what a change of the active set does to the active tasks.
 
 Both banks answer the tasks' calibration sets, each vector as if its own task had never seen it: all tasks
-of a small set; of a large one those that changed, and those whose classes look most like theirs. In an epoch
-a change leaves every other task's scores alone, so that tasks far from it have no part in what it does to
-those near it: a large set is then reduced to the tasks around the change.
+of a small set; of a large one those that changed, and those whose classes look most like theirs. Where a
+change leaves every other task's scores alone (`ModuleBank.scores_tasks_apart`), tasks far from it have no
+part in what it does to those near it: a large set is then reduced to the tasks around the change.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from model_store.known_vectors import pick_rows
 
 MAX_TASKS = 16  # measured for one report
 MAX_VECTORS = 32  # of one task of a large set
-AROUND = 32  # tasks of a large set in an epoch, around the change
+AROUND = 32  # tasks of a large set that is reduced, around the change
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ def compare_banks(
     num_tasks = len({module.task for module in before.modules} | {module.task for module in after.modules})
     changed = _changed(before, after)
     max_vectors = MAX_VECTORS if before.is_screened or after.is_screened else None
-    if num_tasks > AROUND and after.epoch is not None and after.epoch is before.epoch:
+    is_apart = before.scores_tasks_apart and after.scores_tasks_apart and after.epoch is before.epoch
+    if num_tasks > AROUND and is_apart:
         around = _with_neighbours(before, after, changed, AROUND)
         before, after = (bank.among(task for task in around if task in bank) for bank in (before, after))
         known = {}  # among other tasks

@@ -94,6 +94,12 @@ class Metric:
         root_DD = torch.linalg.cholesky(covariance_DD)
         return cls(root_DD, torch.cholesky_inverse(root_DD), weight, pooled.num_classes, sha256s)
 
+    @property
+    def spans_all(self) -> bool:
+        """Whether the classes it was fitted on are as many as features. Of fewer the span counts, which every
+        further class changes, and with it the scores of all."""
+        return self.num_classes >= len(self.root_DD)
+
     def knows(self, sha256: str) -> bool:
         """Whether the task of a module is one of those that S was pooled over."""
         return self.sha256s is None or sha256 in self.sha256s
@@ -155,8 +161,7 @@ class WhitenedCosine:
             centre_D = mean_KD.mean(dim=0)
         offset_KD = mean_KD - centre_D
         whitened_DK = torch.linalg.solve_triangular(metric.root_DD, offset_KD.T, upper=False)
-        spans_all = metric.num_classes >= means.feature_dim
-        span = None if spans_all else ClassSpan.fit(whitened_DK, metric.root_DD)
+        span = None if metric.spans_all else ClassSpan.fit(whitened_DK, metric.root_DD)
         return cls(means, metric, centre_D, offset_KD, None, (whitened_DK**2).sum(dim=0), span)
 
     def to(self, device: torch.device) -> "WhitenedCosine":

@@ -24,7 +24,7 @@ from model_store.deferred import DeferredModule, ListedFile, ModuleCache
 from model_store.deferred import module_bytes as bytes_in_memory
 from model_store.epoch import Epoch
 from model_store.errors import Conflict, CorruptStore, InvalidRequest, StoreUnavailable, UnknownModule
-from model_store.impact import compare_banks
+from model_store.impact import compare_banks, measure_health
 from model_store.known_vectors import unseen_scores
 from model_store.publishing import Publisher
 from model_store.revision import Revision
@@ -61,7 +61,7 @@ def in_epoch(modules: Sequence[TaskModule], epoch: Epoch, previous: ModuleBank |
         modules,
         revision=7,
         backbone_fingerprint="b" * 64,
-        feature_dim=FEATURE_DIM,
+        feature_dim=modules[0].mean_KD.shape[1],
         epoch=epoch,
         previous=previous,
     )
@@ -89,6 +89,40 @@ def test_a_bank_built_from_the_one_before_equals_one_built_from_nothing(num_task
         bank = in_epoch(modules, epoch, previous=bank)
         assert set(bank._known_vectors) <= {module.sha256 for module in modules}
         assert answers(bank) == answers(in_epoch(modules, epoch))
+
+
+def known_scores(bank: ModuleBank, task: str) -> Tensor:
+    """What calibration vectors of a task get as if unseen, in this bank."""
+    bank.prepare(task)
+    return bank._known_vectors[bank.module(task).sha256].best_score_M
+
+
+def test_known_vectors_are_not_handed_on_where_the_span_of_few_classes_changes() -> None:
+    few = tasks(4, feature_dim=64, num_calibration=12, per_class=8)
+    epoch = build_bank(few).begin_epoch()
+    before = in_epoch(few, epoch)
+    earlier = known_scores(before, "task01")
+    more = [*few, random_module("new", seed=77, feature_dim=64)]
+    after, restarted = in_epoch(more, epoch, previous=before), in_epoch(more, epoch)
+    assert not torch.equal(known_scores(restarted, "task01"), earlier)
+    assert torch.equal(known_scores(after, "task01"), known_scores(restarted, "task01"))
+    x_BD = 1.5 * random_cls(200, feature_dim=64)
+    assert after.answer(x_BD) == restarted.answer(x_BD)
+
+
+def test_known_vectors_are_not_handed_on_when_classes_begin_to_be_screened(
+    classes: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = build_bank(tasks()).begin_epoch()
+    before = in_epoch(tasks(), epoch)
+    earlier = known_scores(before, "task01")
+    assert known_scores(in_epoch(tasks(), epoch, previous=before), "task01") is earlier
+    monkeypatch.setattr(
+        "model_store.bank.MAX_DENSE_CLASSES", 10_000 if classes == "screened" else FEATURE_DIM
+    )
+    after, restarted = in_epoch(tasks(), epoch, previous=before), in_epoch(tasks(), epoch)
+    assert not torch.equal(known_scores(restarted, "task01"), earlier)
+    assert torch.equal(known_scores(after, "task01"), known_scores(restarted, "task01"))
 
 
 def test_a_further_task_leaves_the_blocks_of_others_alone(classes: str) -> None:
@@ -182,6 +216,21 @@ def test_a_report_among_the_tasks_around_a_change_finds_what_one_among_all_does(
         assert one.accuracy_loss == pytest.approx(other.accuracy_loss, abs=1e-9), one.task
     worst = around.worst_loss(ignoring="twin")
     assert worst is not None and worst.task == "task07" and worst.accuracy_loss > 0.3
+
+
+def test_a_report_of_fewer_classes_than_features_is_of_what_really_happens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A further task moves the scores of all others: among a few of them it would be others that it moves."""
+    modules = tasks(40, feature_dim=256, num_calibration=9, per_class=5, spread=3.0)
+    epoch = build_bank(modules).begin_epoch()
+    new = random_module("new", seed=500, feature_dim=256, num_calibration=9, per_class=5, spread=3.0)
+    before, after = in_epoch(modules, epoch), in_epoch([*modules, new], epoch)
+    monkeypatch.setattr(model_store.impact, "MAX_TASKS", 4)
+    monkeypatch.setattr(model_store.impact, "AROUND", 10)
+    for one in compare_banks(before, after).tasks:
+        assert one.before == (measure_health(before, one.task) if one.task in before else None)
+        assert one.after == measure_health(after, one.task)
 
 
 # -- the store ---------------------------------------------------------------------------------------
