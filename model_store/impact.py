@@ -45,10 +45,14 @@ class TaskImpact:
 
 @dataclass(frozen=True, slots=True)
 class ImpactReport:
-    """What was measured, sorted by task, and how many more active tasks there are."""
+    """What was measured, sorted by task, and how many more active tasks there are.
+
+    `is_among_all`: not among the tasks around the change alone.
+    """
 
     tasks: tuple[TaskImpact, ...]
     num_unmeasured: int = 0
+    is_among_all: bool = True
 
     def worst_loss(self, ignoring: str | None = None) -> TaskImpact | None:
         """The surviving task that loses most, other than the one being changed."""
@@ -85,29 +89,36 @@ def compare_banks(
     before: ModuleBank, after: ModuleBank, known: dict[str, TaskHealth] | None = None
 ) -> ImpactReport:
     """The impact of replacing `before` by `after`, on at most MAX_TASKS tasks. `known` holds health of
-    `before` already measured."""
+    `before` already measured, among all tasks; it counts where it is of as many vectors as are asked now."""
     known = known or {}
     num_tasks = len({module.task for module in before.modules} | {module.task for module in after.modules})
     changed = _changed(before, after)
     max_vectors = MAX_VECTORS if before.is_screened or after.is_screened else None
     is_apart = before.scores_tasks_apart and after.scores_tasks_apart and after.epoch is before.epoch
-    if num_tasks > AROUND and is_apart:
+    is_among_all = num_tasks <= AROUND or not is_apart
+    if not is_among_all:
         around = _with_neighbours(before, after, changed, AROUND)
         before, after = (bank.among(task for task in around if task in bank) for bank in (before, after))
-        known = {}  # among other tasks
+        known = {}
 
     def health(bank: ModuleBank, task: str) -> TaskHealth | None:
         return measure_health(bank, task, max_vectors) if task in bank else None
+
+    def health_before(task: str) -> TaskHealth | None:
+        found = known.get(task)
+        if found is None:
+            return health(before, task)
+        num_known = before.module(task).num_known
+        num_vectors = num_known if max_vectors is None else min(num_known, max_vectors)
+        return found if found.num_vectors == num_vectors else health(before, task)
 
     names = {module.task for bank in (before, after) for module in bank.modules}
     if len(names) > MAX_TASKS:
         names = _with_neighbours(before, after, changed, MAX_TASKS)
     return ImpactReport(
-        tuple(
-            TaskImpact(task, known.get(task) or health(before, task), health(after, task))
-            for task in sorted(names)
-        ),
+        tuple(TaskImpact(task, health_before(task), health(after, task)) for task in sorted(names)),
         num_unmeasured=num_tasks - len(names),
+        is_among_all=is_among_all,
     )
 
 

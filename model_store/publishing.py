@@ -209,7 +209,8 @@ class Publisher:
             except Conflict:
                 continue
             self._switch(ActiveSet(revision, draft.bank, draft.files))
-            self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
+            if impact.is_among_all:
+                self._health = {one.task: one.after for one in impact.tasks if one.after is not None}
             return Outcome(self.active, impact, published=True, replaced_sha256=replaced, harmed=harmed)
         raise Conflict(f"gave up after {_ATTEMPTS} attempts: other writers publish without pause")
 

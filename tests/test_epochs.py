@@ -318,6 +318,18 @@ def test_a_rollback_restores_answers_across_epochs(store: ModelStore) -> None:
         assert answers(Publisher(ModelStore(store.url)).active.bank) == answers(active.bank)
 
 
+def test_health_measured_among_a_few_tasks_is_not_taken_for_that_among_all(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_store.impact, "AROUND", 4)
+    publisher = begun(store)
+    for step in range(3):
+        register(publisher, f"new{step}", 900 + step)
+    last = module_bytes(random_module("new3", seed=903))  # ends the epoch: reported among all
+    fresh = Publisher(ModelStore(store.url))
+    assert publisher.register(last, dry_run=True).impact == fresh.register(last, dry_run=True).impact
+
+
 def test_an_epoch_ends_when_too_many_of_its_tasks_have_changed(store: ModelStore) -> None:
     publisher = begun(store)
     for step in range(3):

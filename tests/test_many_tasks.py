@@ -13,7 +13,7 @@ import model_store.impact
 import model_store.known_vectors
 from model_store.bank import ModuleBank
 from model_store.class_means import ClassMeans
-from model_store.impact import compare_banks
+from model_store.impact import compare_banks, measure_health
 from model_store.known_vectors import unseen_scores
 from model_store.screen import ClassScreen, Rounded
 from model_store.selection import OUTSIDE_SHARE
@@ -277,3 +277,18 @@ def test_the_report_of_a_small_set_measures_all() -> None:
     report = compare_banks(build_bank(modules[:4]), build_bank(modules))
     assert [one.task for one in report.tasks] == [module.task for module in modules]
     assert report.num_unmeasured == 0
+
+
+def test_health_already_measured_counts_where_it_is_of_as_many_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_store.impact, "MAX_VECTORS", 2)
+    modules = many(num_tasks=4)
+    before, grown = build_bank(modules), [*modules, random_module("new", seed=77, num_classes=20)]
+    known = {one.task: measure_health(before, one.task) for one in before.modules}
+    told_apart = {task: dataclasses.replace(health, ece=0.123) for task, health in known.items()}
+    dense = compare_banks(before, build_bank(grown), told_apart)
+    assert {one.task: one.before for one in dense.tasks} == {**told_apart, "new": None}
+    monkeypatch.setattr("model_store.bank.MAX_DENSE_CLASSES", FEATURE_DIM)
+    screened = build_bank(grown)
+    assert screened.is_screened and compare_banks(before, screened, known) == compare_banks(before, screened)
