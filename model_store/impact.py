@@ -61,6 +61,12 @@ class ImpactReport:
         ]
         return max(others, key=lambda impact: impact.accuracy_loss, default=None)
 
+    def harmed(self, margin: float, ignoring: str | None = None) -> tuple[str, ...]:
+        """The other tasks that lose more than `margin`, not by rounding alone: 1.0 - 0.95 > 0.05."""
+        return tuple(
+            one.task for one in self.tasks if one.task != ignoring and one.accuracy_loss > margin + 1e-9
+        )
+
 
 def measure_health(bank: ModuleBank, task: str, max_vectors: int | None = None) -> TaskHealth:
     """Selection accuracy, end-to-end accuracy and ECE of a bank on one task's calibration set, or on at most

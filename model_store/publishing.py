@@ -195,9 +195,7 @@ class Publisher:
             draft = self._reader.draft(wanted, parent.revision.number + 1, epoch, parent, new)
             impact = compare_banks(parent.bank, draft.bank, self._health)
             _check_finite(impact)
-            harmed = tuple(
-                one.task for one in impact.tasks if one.task != task and one.accuracy_loss > self.margin
-            )
+            harmed = impact.harmed(self.margin, ignoring=task)
             outcome = Outcome(parent, impact, published=False, replaced_sha256=replaced, harmed=harmed)
             if dry_run:
                 return outcome

@@ -21,6 +21,7 @@ from model_store.errors import (
     UnknownRevision,
     UnknownTask,
 )
+from model_store.impact import ImpactReport, TaskHealth, TaskImpact
 from model_store.preprocess import Preprocessing
 from model_store.publishing import Publisher
 from model_store.revision import EpochRef, Revision
@@ -304,6 +305,18 @@ def test_a_forced_registration_goes_ahead_and_names_who_was_harmed(
     outcome = publisher.register(rival, force=True)
     assert outcome.published and outcome.harmed == ("birds",)
     assert "eagles" in publisher.active.bank
+
+
+@pytest.mark.parametrize("num_right", [40, 38, 25, 19])
+def test_a_loss_of_just_the_margin_is_no_harm(num_right: int) -> None:
+    """Two of forty pictures are the margin of 0.05, whatever binary fractions make of it."""
+
+    def health(num: int) -> TaskHealth:
+        return TaskHealth(selection_accuracy=1.0, accuracy=num / 40, ece=0.0, num_vectors=40)
+
+    losses = {f"lost{n}": TaskImpact(f"lost{n}", health(num_right), health(num_right - n)) for n in range(5)}
+    assert ImpactReport(tuple(losses.values())).harmed(0.05) == ("lost3", "lost4")
+    assert ImpactReport(tuple(losses.values())).harmed(0.05, ignoring="lost3") == ("lost4",)
 
 
 def test_a_wide_margin_lets_harm_pass(store: ModelStore, make: Callable[..., bytes], rival: bytes) -> None:
