@@ -136,7 +136,7 @@ class Publisher:
         return self._change(without_task(task), lambda _: reason or f"remove {task}", author, task=task)
 
     def rollback(self, number: int, *, reason: str = "", author: str | None = None) -> Outcome:
-        """Publish the task set of an old revision as a new one. Raises UnknownRevision, Conflict."""
+        """Publish the tasks of an old revision again, in its epoch. Raises UnknownRevision, Conflict."""
         target = self.store.revision(number)
         if target.backbone_fingerprint != self.backbone.fingerprint:
             raise Conflict(f"revision {number} belongs to backbone {target.backbone_fingerprint[:12]}…")
@@ -189,9 +189,9 @@ class Publisher:
             parent = self.refresh()
             wanted = change(parent.revision)
             replaced = parent.revision.tasks.get(task) if task else None
-            if wanted == parent.revision.tasks:
-                return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
             epoch = self.store.next_epoch(parent.revision, wanted) if like is None else like.epoch
+            if wanted == parent.revision.tasks and epoch == parent.revision.epoch:
+                return Outcome(parent, ImpactReport(()), published=False, replaced_sha256=replaced)
             draft = self._reader.draft(wanted, parent.revision.number + 1, epoch, parent, new)
             impact = compare_banks(parent.bank, draft.bank, self._health)
             _check_finite(impact)

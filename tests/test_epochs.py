@@ -318,6 +318,22 @@ def test_a_rollback_restores_answers_across_epochs(store: ModelStore) -> None:
         assert answers(Publisher(ModelStore(store.url)).active.bank) == answers(active.bank)
 
 
+def test_a_rollback_to_the_same_tasks_in_another_epoch_restores_its_answers(store: ModelStore) -> None:
+    before = Publisher(store).active
+    publisher = begun(store)
+    in_first = register(publisher, "new", 900)
+    publisher.begin_epoch()
+    assert _apart_from_receipts(publisher.active.bank) != _apart_from_receipts(in_first.bank)
+    outcome = publisher.rollback(in_first.revision.number)
+    assert outcome.published and outcome.active.revision.epoch == in_first.revision.epoch
+    assert _apart_from_receipts(outcome.active.bank) == _apart_from_receipts(in_first.bank)
+    assert not publisher.rollback(in_first.revision.number).published
+    publisher.remove("new")
+    assert publisher.rollback(before.revision.number).published
+    assert publisher.active.revision.epoch is None
+    assert _apart_from_receipts(publisher.active.bank) == _apart_from_receipts(before.bank)
+
+
 def test_health_measured_among_a_few_tasks_is_not_taken_for_that_among_all(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
