@@ -257,12 +257,13 @@ class ModelStore:
 
     def _tasks_that_began(self, epoch: EpochRef) -> Mapping[str, str]:
         """The tasks of the revision that began an epoch; those asked for last stay in memory."""
-        if self._began is None or self._began.epoch != epoch:
+        began = self._began  # once: another thread may put that of another epoch in its place
+        if began is None or began.epoch != epoch:
             began = self.revision(epoch.number)
             if began.epoch != epoch:
                 raise CorruptStore(f"revision {epoch.number} did not begin epoch {epoch.sha256[:12]}…")
             self._began = began
-        return self._began.tasks
+        return began.tasks
 
     def next_epoch(self, parent: Revision, tasks: Mapping[str, str]) -> EpochRef | None:
         """The epoch of a revision of `tasks` after `parent`: the same, until MAX_CHANGED_SHARE of the tasks

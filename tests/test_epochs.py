@@ -27,7 +27,7 @@ from model_store.errors import Conflict, CorruptStore, InvalidRequest, StoreUnav
 from model_store.impact import compare_banks, measure_health
 from model_store.known_vectors import unseen_scores
 from model_store.publishing import Publisher
-from model_store.revision import Revision
+from model_store.revision import EpochRef, Revision
 from model_store.revision_reader import ActiveSet
 from model_store.selection import WhitenedCosine
 from model_store.signatures import Trust
@@ -355,6 +355,26 @@ def test_an_epoch_ends_when_too_many_of_its_tasks_have_changed(store: ModelStore
     assert active.revision.epoch is None and active.bank.epoch is None
     assert answers(Publisher(ModelStore(store.url)).active.bank) == answers(active.bank)
     assert publisher.epoch_is_due
+
+
+def test_a_thread_that_reads_another_epoch_meanwhile_changes_no_revision(store: ModelStore) -> None:
+    publisher = begun(store)
+    first = publisher.active.revision
+    publisher.remove("task03")
+    publisher.begin_epoch()
+    publisher.remove("task04")
+    opened = ModelStore(store.url)
+
+    class Overtaken(EpochRef):
+        """While this is compared, another thread reads a revision of the other epoch."""
+
+        def __ne__(self, other: object) -> bool:
+            opened.revision(publisher.active.revision.number)
+            return self.model_dump() != other.model_dump()  # type: ignore[attr-defined]
+
+    assert first.epoch is not None
+    opened.revision(first.number + 1)
+    assert opened._tasks_that_began(Overtaken(**first.epoch.model_dump())) == first.tasks
 
 
 def test_an_epoch_of_nothing_is_refused(tmp_path: Path) -> None:
