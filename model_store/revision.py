@@ -1,14 +1,21 @@
-"""A revision: the complete set of active tasks at one moment, and how the log holds it."""
+"""A revision: the complete set of active tasks at one moment, and how the log holds it.
 
+A file of the log is a JSON object; the last of its fields, `digest`, is the SHA-256 of the bytes before that
+field. Revisions of before there was one are read without.
+"""
+
+import hashlib
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
+from model_store.errors import CorruptStore
 from model_store.manifest import Sha256, TaskName
 
 Reason = Annotated[str, Field(max_length=1000)]
+_DIGEST = b',\n  "digest": "'  # a string in JSON has no line breaks, so that nothing else looks like it
 
 
 class EpochRef(BaseModel):
@@ -54,6 +61,14 @@ class RevisionChanges(_Entry):
     epoch: EpochRef
     changes: Mapping[TaskName, Sha256 | None]
 
+    @model_validator(mode="after")
+    def _check_order(self) -> "RevisionChanges":
+        if self.epoch.number >= self.number:
+            raise ValueError(
+                f"revision {self.number} cannot be in an epoch that began with {self.epoch.number}"
+            )
+        return self
+
     @classmethod
     def of(cls, revision: Revision, began: Mapping[str, str]) -> "RevisionChanges":
         assert revision.epoch is not None, "only within an epoch"
@@ -64,6 +79,10 @@ class RevisionChanges(_Entry):
         return cls(epoch=revision.epoch, changes=changes, **_entry(revision))
 
     def revision(self, began: Mapping[str, str]) -> Revision:
+        """Raises CorruptStore when a task is removed that did not begin the epoch."""
+        for task, sha256 in self.changes.items():
+            if sha256 is None and task not in began:
+                raise CorruptStore(f"revision {self.number} removes {task!r}, which did not begin its epoch")
         tasks = {**began, **self.changes}
         kept = {task: sha256 for task, sha256 in sorted(tasks.items()) if sha256 is not None}
         return unchecked_revision(kept, self.epoch, **_entry(self))
@@ -80,8 +99,11 @@ def unchecked_revision(tasks: Mapping[str, str], epoch: EpochRef | None, **entry
 def log_file(revision: Revision, began: Mapping[str, str] | None) -> bytes:
     """A revision as the log holds it: by its changes to the tasks that `began` its epoch, or whole."""
     if began is None:
-        return revision.model_dump_json(indent=2, exclude_none=True).encode()
-    return RevisionChanges.of(revision, began).model_dump_json(indent=2).encode()
+        text = revision.model_dump_json(indent=2, exclude_none=True)
+    else:
+        text = RevisionChanges.of(revision, began).model_dump_json(indent=2)
+    content = text.encode().removesuffix(b"\n}")
+    return content + _DIGEST + _digest_and_end(content)
 
 
 _LOG_FILE: TypeAdapter[Revision | RevisionChanges] = TypeAdapter(
@@ -90,8 +112,17 @@ _LOG_FILE: TypeAdapter[Revision | RevisionChanges] = TypeAdapter(
 
 
 def read_log_file(data: bytes) -> Revision | RevisionChanges:
-    """Raises pydantic.ValidationError."""
+    """Raises ValueError for what is no revision, or not the one that was written."""
+    content, has_digest, rest = data.rpartition(_DIGEST)
+    if has_digest:
+        if rest != _digest_and_end(content):
+            raise ValueError("its content does not match its own digest")
+        data = content + b"\n}"
     return _LOG_FILE.validate_json(data)
+
+
+def _digest_and_end(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode() + b'"\n}'
 
 
 def _entry(of: _Entry) -> dict[str, Any]:

@@ -41,7 +41,14 @@ from model_store.errors import (
 )
 from model_store.object_files import Files, ObjectFiles
 from model_store.replicas import ReplicaRecords
-from model_store.revision import EpochRef, Revision, log_file, read_log_file, unchecked_revision
+from model_store.revision import (
+    EpochRef,
+    Revision,
+    RevisionChanges,
+    log_file,
+    read_log_file,
+    unchecked_revision,
+)
 from model_store.signatures import Signature
 from model_store.tuning import Tuning
 
@@ -244,25 +251,29 @@ class ModelStore:
                 yield int(stem)
 
     def revision(self, number: int) -> Revision:
+        found = self._log_file(number)
+        return found if isinstance(found, Revision) else found.revision(self._tasks_that_began(found.epoch))
+
+    def _log_file(self, number: int) -> Revision | RevisionChanges:
         data = self._files.get(_revision_path(number)) if number >= 1 else None
         if data is None:
             raise UnknownRevision(f"store {self.url} has no revision {number}")
         try:
             found = read_log_file(data)
-        except ValidationError as error:
+        except ValueError as error:
             raise CorruptStore(f"revision {number} cannot be read: {error}") from error
         if found.number != number:
             raise CorruptStore(f"revision {number} calls itself {found.number}")
-        return found if isinstance(found, Revision) else found.revision(self._tasks_that_began(found.epoch))
+        return found
 
     def _tasks_that_began(self, epoch: EpochRef) -> Mapping[str, str]:
         """The tasks of the revision that began an epoch; those asked for last stay in memory."""
         began = self._began  # once: another thread may put that of another epoch in its place
         if began is None or began.epoch != epoch:
-            began = self.revision(epoch.number)
-            if began.epoch != epoch:
+            found = self._log_file(epoch.number)
+            if not isinstance(found, Revision) or found.epoch != epoch:
                 raise CorruptStore(f"revision {epoch.number} did not begin epoch {epoch.sha256[:12]}…")
-            self._began = began
+            self._began = began = found
         return began.tasks
 
     def next_epoch(self, parent: Revision, tasks: Mapping[str, str]) -> EpochRef | None:

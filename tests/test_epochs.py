@@ -419,6 +419,52 @@ def test_a_change_that_lost_the_race_to_an_epoch_is_in_it(
     assert answers(active.bank) == answers(other.refresh().bank)
 
 
+@pytest.mark.parametrize("with_digest", [True, False])
+def test_a_flipped_bit_brings_no_removed_task_back(store: ModelStore, with_digest: bool) -> None:
+    publisher = begun(store)
+    publisher.remove("task03")
+    path = Path(store.url) / f"revisions/{publisher.active.revision.number:012}.json"
+    data = path.read_bytes() if with_digest else without_digest(path)
+    path.write_bytes(data.replace(b'"task03": null', b'"task23": null'))
+    fault = "does not match its own digest" if with_digest else "removes 'task23', which did not begin"
+    with pytest.raises(CorruptStore, match=fault):
+        Publisher(ModelStore(store.url))
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_an_epoch_does_not_begin_with_a_revision_in_it(store: ModelStore, later: int) -> None:
+    publisher = begun(store)
+    publisher.remove("task03")
+    number = publisher.active.revision.number
+    path = Path(store.url) / f"revisions/{number:012}.json"
+    path.write_bytes(
+        without_digest(path).replace(b'"number": %d,' % (number - 1), b'"number": %d,' % (number + later))
+    )
+    with pytest.raises(CorruptStore, match=f"revision {number} cannot be in an epoch that began with"):
+        ModelStore(store.url).revision(number)
+
+
+def test_an_epoch_begins_with_all_its_tasks(store: ModelStore) -> None:
+    """Else revisions could lead from one to the one before without end."""
+    publisher = begun(store)
+    publisher.remove("task03")
+    publisher.remove("task04")
+    number = publisher.active.revision.number
+    path = Path(store.url) / f"revisions/{number:012}.json"
+    path.write_bytes(
+        without_digest(path).replace(b'"number": %d,' % (number - 2), b'"number": %d,' % (number - 1))
+    )
+    with pytest.raises(CorruptStore, match=f"revision {number - 1} did not begin epoch"):
+        ModelStore(store.url).revision(number)
+
+
+def without_digest(path: Path) -> bytes:
+    """A revision's file as it was before there were digests."""
+    content = json.loads(path.read_bytes())
+    del content["digest"]
+    return json.dumps(content).encode()
+
+
 # -- modules that are read when needed ---------------------------------------------------------------
 
 

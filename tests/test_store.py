@@ -27,7 +27,7 @@ from model_store.errors import (
     UnknownTask,
 )
 from model_store.object_files import ObjectFiles
-from model_store.revision import Revision
+from model_store.revision import Revision, read_log_file
 from model_store.store import ModelStore, with_task, without_task
 
 SHA = "0123456789abcdef" * 4
@@ -222,6 +222,7 @@ def test_a_revision_under_another_number_is_a_corrupt_store(local: ModelStore) -
 def test_a_revision_with_a_hostile_content_is_a_corrupt_store(field: str, local: ModelStore) -> None:
     path = Path(local.url) / "revisions/000000000001.json"
     content = json.loads(path.read_bytes())
+    del content["digest"]
     content |= {
         "task name": {"tasks": {"../x": SHA}},
         "digest": {"tasks": {"birds": "../../etc/passwd"}},
@@ -230,6 +231,27 @@ def test_a_revision_with_a_hostile_content_is_a_corrupt_store(field: str, local:
     path.write_text(json.dumps(content))
     with pytest.raises(CorruptStore, match="revision 1 cannot be read"):
         local.head()
+
+
+def test_a_revision_without_a_digest_is_read(local: ModelStore) -> None:
+    """Revisions of before there was one."""
+    written = local.publish(with_task("birds", SHA), 'a "reason",\n  "digest": "x')
+    path = Path(local.url) / "revisions/000000000002.json"
+    content = json.loads(path.read_bytes())
+    assert len(content.pop("digest")) == 64
+    path.write_text(json.dumps(content))
+    assert local.revision(2) == written
+
+
+def test_every_flipped_bit_of_a_revision_is_found_out(local: ModelStore) -> None:
+    local.publish(with_task("birds", SHA), "a reason")
+    data = (Path(local.url) / "revisions/000000000002.json").read_bytes()
+    assert read_log_file(data) == local.revision(2)
+    for position, bit in itertools.product(range(len(data)), range(8)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << bit
+        with pytest.raises(ValueError):
+            read_log_file(bytes(flipped))
 
 
 def test_other_files_beside_the_revisions_are_ignored(local: ModelStore) -> None:
