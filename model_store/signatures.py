@@ -73,13 +73,13 @@ class Trust:
 
     @classmethod
     def read(cls, path: Path, *, is_required: bool) -> "Trust":
-        """The allow-list in a file. Raises InvalidTrust."""
+        """The allow-list in a file; a signer may have several keys. Raises InvalidTrust."""
         try:
             listed = SignerList.model_validate_json(path.read_bytes())
-            keys = {one.name: _public_key(one.public_key) for one in listed.signers}
+            keys = [(one.name, _public_key(one.public_key)) for one in listed.signers]
         except (OSError, ValidationError, ValueError) as error:
             raise InvalidTrust(f"list of signers {path}: {str(error)[:300]}") from error
-        return cls({key_id(key): (name, key) for name, key in keys.items()}, is_required)
+        return cls({key_id(key): (name, key) for name, key in keys}, is_required)
 
     def signer_of(self, sha256: str, signatures: Iterable[Signature]) -> str | None:
         """The first trusted signer whose signature holds for a module; None without one.

@@ -76,6 +76,16 @@ def test_where_none_is_required_an_unsigned_module_has_no_signer(signers: Path) 
     assert trust.signer_of(SHA, [sign(SHA, CI)]) == "ci"
 
 
+def test_a_signer_may_have_an_old_key_and_a_new_one(tmp_path: Path) -> None:
+    keys = [CI, STRANGER]
+    listed = SignerList(
+        signers=tuple(Signer(name="ci", public_key=public_text(key.public_key())) for key in keys)
+    )
+    (tmp_path / "signers.json").write_text(listed.model_dump_json())
+    trust = Trust.read(tmp_path / "signers.json", is_required=True)
+    assert [trust.signer_of(SHA, [sign(SHA, key)]) for key in keys] == ["ci", "ci"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
