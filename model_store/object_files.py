@@ -41,7 +41,8 @@ class Files(Protocol):
         """Whether there is an object; its bytes are not read."""
 
     def put_new(self, path: str, data: bytes) -> bool:
-        """Write an object unless it exists; True when this call wrote it. Whole or not at all."""
+        """Write an object unless it exists; True when this call wrote it. Whole or not at all, and when this
+        returns it survives a loss of power, whoever wrote it."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object over whatever is there. Whole or not at all; a loss of power may undo it."""
@@ -100,11 +101,12 @@ class ObjectFiles:
             try:
                 # One whole put: multipart uploads have no put-if-absent everywhere.
                 obstore.put(self._store, path, data, mode="create", use_multipart=False)
+                is_new = True
             except AlreadyExistsError:
-                return False
+                is_new = False  # but perhaps not flushed: its writer may have been killed before that
             if self._root is not None:
                 _sync(self._root, self._root / path)
-        return True
+        return is_new
 
     def put(self, path: str, data: bytes) -> None:
         self._begin()

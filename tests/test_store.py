@@ -107,6 +107,28 @@ def test_an_object_that_exists_is_never_overwritten(store: ModelStore) -> None:
     assert store._files.get("modules/x") == b"first"
 
 
+@pytest.mark.parametrize("is_new", [True, False], ids=["written now", "written by one who was killed"])
+def test_what_is_put_is_flushed_with_every_folder_that_leads_to_it(
+    is_new: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        flushed.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    root = tmp_path / "store"
+    files = ObjectFiles(str(root))
+    path = root / "modules/a/x"
+    if not is_new:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"whole")
+    assert files.put_new("modules/a/x", b"whole") is is_new
+    assert flushed == [one.stat().st_ino for one in (path, root / "modules/a", root / "modules", root)]
+
+
 def test_records_of_replicas_alone_are_overwritten_and_removed(store: ModelStore) -> None:
     """In folders and on S3: overwritten, listed with the storage's time, read again when changed, removed."""
     store.replicas.write("a", 1, 30.0)
