@@ -9,6 +9,7 @@ low-rank updates of those with it, exactly but for the sphere inside the covaria
 import torch
 from torch import Tensor
 
+from model_store.errors import InvalidModule
 from model_store.selection import ClassSpan, WhitenedCosine, whitened_cosine
 
 # A vector that is nearly the whole spread along its own residual leaves a singular covariance behind.
@@ -29,7 +30,7 @@ def leave_one_out_scores(
     `class_N` is the vector's own class among all, which must be one of those, and `count_N` that class's
     image count, at least 2. Vectors of a task that came after the metric was fixed are only in their own
     class's mean, not `in_metric`. With P = S⁻¹, solved = P·r and Sherman–Morrison
-    P' = P + gain·solved·solvedᵀ, every product aᵀP'r is `stretch` times aᵀPr.
+    P' = P + gain·solved·solvedᵀ, every product aᵀP'r is `stretch` times aᵀPr. Raises InvalidModule.
     """
     own_N = torch.arange(len(x_ND), device=x_ND.device)
     step_N = 1.0 / (count_N.double() - 1.0)
@@ -100,7 +101,8 @@ def _inside(
     It is pᵀG⁻¹p with p the products of the image with the class offsets and G = L·Lᵀ the offsets' Gram
     matrix. Without x, G becomes L·(I + V·M·Vᵀ)·Lᵀ with two columns V = L⁻¹[u, b]: u the products of r with
     the offsets and b the moves of the offsets along r; Woodbury inverts it. Both columns are orthogonal to
-    the constant vector, along which G is only its ridge.
+    the constant vector, along which G is only its ridge. Raises InvalidModule where rounding leaves nothing
+    to invert.
     """
     stretch_N = 1.0 + gain_N * spread_N
     first_NK = residual_ND @ span.basis_DK  # L⁻¹u
@@ -118,6 +120,8 @@ def _inside(
     inverse_N22 = torch.stack([-spread_N, one_N, one_N, -gain_N / stretch_N], dim=1).view(-1, 2, 2)  # M⁻¹
     small_N22 = inverse_N22 + column_NK2.mT @ column_NK2
     overlap_N2 = (column_NK2.mT @ product_NK[:, :, None]).squeeze(2)
-    correction_N2 = torch.linalg.solve(small_N22, overlap_N2)
+    correction_N2, singular_N = torch.linalg.solve_ex(small_N22, overlap_N2)
+    if bool(singular_N.any()):
+        raise InvalidModule("a calibration vector is too far from its class mean to be taken out of it")
     inside_N: Tensor = (product_NK**2).sum(dim=1) - (overlap_N2 * correction_N2).sum(dim=1)
     return inside_N.clamp_min(0.0)

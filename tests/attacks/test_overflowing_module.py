@@ -82,3 +82,25 @@ def test_an_impact_that_is_no_number_refuses_the_change() -> None:
     bad = dataclasses.replace(good, task="cars", after=dataclasses.replace(healthy, ece=float("nan")))
     with pytest.raises(InvalidModule, match="'cars'"):
         _check_finite(ImpactReport((good, bad)))
+
+
+def test_a_class_mean_far_from_its_pictures_is_no_fault_of_ours(
+    tiny_store: ModelStore, tiny_backbone: Backbone
+) -> None:
+    """One class, so that it lies where the centre is; taking a vector out of it may leave nothing to invert."""
+    module = random_module(
+        "far", seed=1, num_classes=1, per_class=2, num_calibration=2, feature_dim=tiny_backbone.feature_dim
+    )
+    with TestClient(create_app(Settings(store=tiny_store.url), tiny_backbone)) as client:
+
+        def status(value: float) -> int:
+            mean_KD = module.statistics.mean_KD.clone()
+            mean_KD[0, 0] = value
+            far = dataclasses.replace(
+                module, statistics=dataclasses.replace(module.statistics, mean_KD=mean_KD)
+            )
+            data = module_bytes(far, tiny_backbone.manifest)
+            return client.post("/tasks", content=data, params={"dry_run": True}).status_code
+
+        assert status(1.0) == 200
+        assert {status(10.0**exponent) for exponent in range(4, 20)} <= {200, 422}
