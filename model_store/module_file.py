@@ -102,8 +102,11 @@ def round_weights(luca: LuCA, head: CosineHead, ridge: LandmarkRidge) -> Landmar
 
 def read_module(data: bytes, device: torch.device | str = "cpu") -> ModuleFile:
     """Check the bytes of a module file and build its module on `device`. Raises InvalidModule."""
-    manifest, entries = _read_header(data)
-    expected = _check_layout(manifest, entries)  # before anything is allocated
+    try:
+        manifest, entries = _read_header(data)
+        expected = _check_layout(manifest, entries)  # before anything is allocated
+    except RecursionError as error:
+        raise InvalidModule("not a safetensors file: its header is nested too deep") from error
     try:
         tensors = safetensors.torch.load(data)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -229,7 +232,7 @@ def _read_header(data: bytes) -> tuple[ModuleManifest, dict[str, Any]]:
         )
     try:
         header = json.loads(data[8 : 8 + header_bytes])
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InvalidModule(f"not a safetensors file: its header is no JSON ({error})") from error
     entries: dict[str, Any] = header if isinstance(header, dict) else {}
     metadata = entries.pop("__metadata__", None)
