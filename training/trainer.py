@@ -1,8 +1,7 @@
 """From cached features to one module file: fit, calibrate on unseen vectors, measure, write."""
 # N training pictures, U unseen pictures, M calibration vectors, K classes, D features
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -17,6 +16,7 @@ from model_store.calibration import (
     minimise_over_log_scale,
     negative_log_likelihood,
 )
+from model_store.compute_threads import one_compute_thread
 from model_store.errors import InvalidDataset
 from model_store.landmarks import RidgeFit, Standardisation, fit_landmark_ridges
 from model_store.luca import Flow
@@ -82,19 +82,7 @@ class TrainedTask:
     skipped: tuple[str, ...]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The matrices are small: more threads only wait for each other, and one gives the same bytes
-    whatever the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@one_compute_thread()  # the matrices are small: more threads only wait for each other
 def train_task(
     task: str,
     features: LabelledFeatures,
