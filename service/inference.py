@@ -114,6 +114,7 @@ class Inference:
                     self._execute(batch)
                 finally:
                     self._queue.finish(batch)
+                batch = None  # else its bank would live until this thread has another
         except BaseException:  # nobody is left to see it: delivered to the waiters, and to is_alive
             log.critical("an inference thread has died", exc_info=True)
             self.has_died = True

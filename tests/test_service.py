@@ -1,7 +1,9 @@
 """The HTTP service over a real (tiny) backbone, a real store and real module files."""
 
 import base64
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +183,40 @@ def _twin_of_birds(tiny_backbone: Backbone) -> bytes:
         birds, name="twins", labels=tuple(label.replace("birds", "twins") for label in birds.labels)
     )
     return train_task("twins", twins, tiny_backbone.manifest, seed=1).data
+
+
+def wait_for_the_loader(client: TestClient) -> None:
+    """Until everything is done that was asked of its thread before."""
+    assert client.portal is not None
+    client.portal.call(client.app.state.service.registry.read, lambda _: None)  # type: ignore[attr-defined]
+
+
+def test_the_bank_before_a_change_is_freed(client: TestClient, make_module: MakeModule) -> None:
+    registry = client.app.state.service.registry  # type: ignore[attr-defined]
+    assert client.post("/predict", content=picture()).status_code == 200
+    before = weakref.ref(registry.active.bank)
+    assert client.post("/tasks", content=make_module("planes", seed=3)).status_code == 201
+    assert client.post("/predict", content=picture()).status_code == 200
+    wait_for_the_loader(client)
+    gc.collect()
+    assert before() is None
+
+
+def test_freed_memory_is_given_back_after_a_change(
+    client: TestClient, make_module: MakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait_for_the_loader(client)
+    given_back: list[int] = []
+    served = client.app.state.service.registry  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        "service.registry.give_back_memory", lambda: given_back.append(served.active.revision.number)
+    )
+    change = client.post("/tasks", content=make_module("planes", seed=3)).json()
+    wait_for_the_loader(client)
+    assert given_back == [change["revision"]]
+    assert client.post("/tasks", content=make_module("planes", seed=3)).json()["published"] is False
+    wait_for_the_loader(client)
+    assert len(given_back) == 1
 
 
 def test_module_files_also_come_as_multipart_and_by_reference(
