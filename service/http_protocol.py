@@ -1,4 +1,5 @@
-"""What uvicorn leaves unbounded on a connection: size and time of the headers, and how many connections."""
+"""What uvicorn leaves unbounded on a connection: size and time of the headers, what comes around the bytes of
+a body, and how many connections."""
 
 import asyncio
 import json
@@ -24,6 +25,9 @@ def bounded_protocol(
         _head_bytes = 0
         _read_bytes = 0  # of the read at hand, while they can only be of the head that begins in it
         _is_in_head = True
+        _is_in_body = False
+        _body_bytes = 0  # of the read at hand
+        _framing_bytes = 0  # chunk sizes and trailers, less a byte for each that came of the body itself
         _head_timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -42,16 +46,24 @@ def bounded_protocol(
                 return
             self._head_bytes += len(data)
             self._read_bytes = len(data)
+            self._body_bytes = 0
+            cycle = self.cycle
             super().data_received(data)
             # One read may hold the whole head and the beginning of a body, so only what is left open counts.
             if self._is_in_head and self._head_bytes > settings.max_header_bytes:
                 self._refuse_head()
+            elif self._is_in_body and self.cycle is cycle:  # the read that ends the head does not count
+                self._count_framing(len(data) - self._body_bytes)
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._head_bytes = self._read_bytes
             if not self._is_in_head:
                 self._await_head()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self._is_in_head:  # uvicorn would keep trailers, which nobody reads
+                super().on_header(name, value)
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
@@ -61,15 +73,26 @@ def bounded_protocol(
                 self._refuse_head()
                 return
             super().on_headers_complete()
+            self._is_in_body = True
+            self._framing_bytes = 0
 
         def on_body(self, body: bytes) -> None:
+            self._body_bytes += len(body)
             if not self.transport.is_closing():
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
             self._read_bytes = 0
+            self._is_in_body = False
             if not self.transport.is_closing():
                 super().on_message_complete()
+
+        def _count_framing(self, size: int) -> None:
+            """A read of a body held `size` bytes around those of the body, each of which pays for one."""
+            self._framing_bytes = max(0, self._framing_bytes + size - self._body_bytes)
+            if self._framing_bytes > settings.max_header_bytes:
+                detail = f"chunk sizes and trailers have {settings.max_header_bytes} bytes more than the body"
+                self._refuse(431, "headers-too-large", detail)
 
         def _await_head(self) -> None:
             self._is_in_head = True
@@ -92,7 +115,8 @@ def bounded_protocol(
         def _refuse(self, status: int, kind: str, detail: str) -> None:
             if not self.transport.is_closing():
                 on_refusal(kind)
-                self.transport.write(_problem(status, kind, detail))
+                if not (self._is_in_body and self.cycle.response_started):
+                    self.transport.write(_problem(status, kind, detail))
                 self.transport.close()
 
         def send_400_response(self, msg: str) -> None:

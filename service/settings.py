@@ -72,7 +72,9 @@ class Settings(BaseSettings):
     max_buffered_bytes: Bytes = Field(
         2**30, description="Bodies in memory together; more get 503. As much for gRPC messages; more wait."
     )
-    max_header_bytes: Bytes = Field(32 * 2**10, description="Request line and headers; more get 431.")
+    max_header_bytes: Bytes = Field(
+        32 * 2**10, description="Request line and headers, or trailers; more get 431."
+    )
     max_connections: int = Field(1000, gt=0, description="Open connections; further ones are closed.")
     max_image_bytes: Bytes = Field(32 * 2**20, description="Largest encoded picture.")
     max_image_pixels: int = Field(64_000_000, gt=0, description="Most pixels a picture may declare.")

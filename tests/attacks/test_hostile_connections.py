@@ -147,6 +147,46 @@ def test_a_chunked_body_without_an_end_is_refused_while_it_comes(server: Running
     assert exchange(server, head + chunk * 17)[0] == 413
 
 
+def send_until_refused(connection: socket.socket, data: bytes, most_bytes: int) -> int:
+    """Bytes sent, `data` again and again, until the server took no more of them."""
+    sent = 0
+    with suppress(BrokenPipeError, ConnectionResetError):
+        while sent < most_bytes:
+            connection.sendall(data)
+            sent += len(data)
+    return sent
+
+
+ENDLESS = {
+    "trailers": (b"3\r\nabc\r\n0\r\n", b"X-Trailer: a\r\n" * 5000),
+    "one trailer": (b"0\r\nX-Trailer: ", b"a" * 2**16),
+    "an extension of a chunk": (b"3;a=", b"a" * 2**16),
+    "chunks of a byte": (b"", b"1\r\nx\r\n" * 10_000),
+}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/nowhere"])
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_is_around_a_chunked_body_is_bounded(name: str, path: str, server: RunningServer) -> None:
+    """Whether the body is awaited or was refused by its head."""
+    begin, more = ENDLESS[name]
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    with closing(connect(server)) as connection:
+        connection.sendall(head)
+        if path == "/nowhere":
+            assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(begin)
+        assert send_until_refused(connection, more, most_bytes=2**25) < 2**25
+
+
+def test_a_body_with_short_trailers_is_served(server: RunningServer) -> None:
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in (PICTURE[:1000], PICTURE[1000:]))
+    with closing(connect(server)) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(chunks + b"0\r\nX-Digest: abc\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -154,6 +194,7 @@ def test_a_chunked_body_without_an_end_is_refused_while_it_comes(server: Running
         b"\x00" * 200,
         b"HELO example.org\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"GET http://[bad HTTP/1.1\r\nHost: x\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
         b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -165,6 +206,7 @@ def test_a_chunked_body_without_an_end_is_refused_while_it_comes(server: Running
         "zeros",
         "SMTP",
         "version",
+        "URL",
         "negative length",
         "two lengths",
         "smuggling",
