@@ -1,5 +1,5 @@
 """What uvicorn leaves unbounded on a connection: size and time of the headers, what comes around the bytes of
-a body, and how many connections."""
+a body, the time of what nobody waits for, and how many connections."""
 
 import asyncio
 import json
@@ -28,14 +28,14 @@ def bounded_protocol(
         _is_in_body = False
         _body_bytes = 0  # of the read at hand
         _framing_bytes = 0  # chunk sizes and trailers, less a byte for each that came of the body itself
-        _head_timer: asyncio.TimerHandle | None = None
+        _timer: asyncio.TimerHandle | None = None  # of a head, or of what comes after an answer
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:
                 self._refuse(503, "overloaded", f"more than {settings.max_connections} connections are open")
                 return
-            self._await_head()
+            self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
@@ -54,12 +54,14 @@ def bounded_protocol(
                 self._refuse_head()
             elif self._is_in_body and self.cycle is cycle:  # the read that ends the head does not count
                 self._count_framing(len(data) - self._body_bytes)
+            self._watch()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._head_bytes = self._read_bytes
             if not self._is_in_head:
-                self._await_head()
+                self._stop_timer()
+                self._is_in_head = True
 
         def on_header(self, name: bytes, value: bytes) -> None:
             if self._is_in_head:  # uvicorn would keep trailers, which nobody reads
@@ -82,6 +84,7 @@ def bounded_protocol(
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._stop_timer()
             self._read_bytes = 0
             self._is_in_body = False
             if not self.transport.is_closing():
@@ -94,15 +97,25 @@ def bounded_protocol(
                 detail = f"chunk sizes and trailers have {settings.max_header_bytes} bytes more than the body"
                 self._refuse(431, "headers-too-large", detail)
 
-        def _await_head(self) -> None:
-            self._is_in_head = True
-            self._stop_timer()
-            self._head_timer = self.loop.call_later(settings.header_timeout_s, self._give_up)
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self._is_in_body:
+                self._watch()
+
+        def _watch(self) -> None:
+            """Bound the time of what the client owes: a head, the rest of a body, another request."""
+            if self._timer is not None or self.transport.is_closing():
+                return
+            if self._is_in_head:
+                self._timer = self.loop.call_later(settings.header_timeout_s, self._give_up)
+            elif self.cycle.response_complete:  # else the application has bounds of its own
+                time_s = settings.body_timeout_s if self._is_in_body else settings.keep_alive_s
+                self._timer = self.loop.call_later(time_s, self.timeout_keep_alive_handler)
 
         def _stop_timer(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
 
         def _give_up(self) -> None:
             log.info("closing a connection whose headers did not arrive")

@@ -31,6 +31,7 @@ def server(
     store.publish_first(store.put_backbone(tiny_artefact))
     store.publish(with_task("birds", store.put_module(make_module("birds"))), "add birds")
     limits = {
+        "keep_alive_s": TIMEOUT_S,
         "max_header_bytes": MAX_HEADER_BYTES,
         "max_connections": MAX_CONNECTIONS,
         "header_timeout_s": TIMEOUT_S,
@@ -134,6 +135,21 @@ def test_who_sends_half_a_body_is_not_waited_for(server: RunningServer) -> None:
     status, problem = exchange(server, head + b"x" * 500)
     assert status == 408
     assert problem["type"] == "urn:tosca:problem:body-timeout"
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"x", b"x" * 1000, b"x" * 1000 + b"\r\n", b"x" * 1000 + b"GET"],
+    ids=["a byte", "a body", "a line too much", "half a head"],
+)
+def test_who_is_answered_and_then_stops_sending_is_not_waited_for(rest: bytes, server: RunningServer) -> None:
+    """Bytes after an answer are no reason to keep a connection for ever."""
+    with closing(connect(server)) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+        connection.sendall(rest)
+        while connection.recv(65536):
+            pass
 
 
 def test_a_body_that_announces_too_much_is_refused_before_it_comes(server: RunningServer) -> None:
