@@ -29,6 +29,7 @@ def bounded_protocol(
         _body_bytes = 0  # of the read at hand
         _framing_bytes = 0  # chunk sizes and trailers, less a byte for each that came of the body itself
         _timer: asyncio.TimerHandle | None = None  # of a head, or of what comes after an answer
+        _write_timer: asyncio.TimerHandle | None = None  # of what the client does not take
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -39,6 +40,7 @@ def bounded_protocol(
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            self._stop_write_timer()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -99,8 +101,22 @@ def bounded_protocol(
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            if self._is_in_body:
+            if self.transport.is_closing():
+                self._watch_writing()
+            elif self._is_in_body:
                 self._watch()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_writing()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if not self.transport.is_closing():
+                self._stop_write_timer()
+
+        def timeout_keep_alive_handler(self) -> None:
+            self._close()
 
         def _watch(self) -> None:
             """Bound the time of what the client owes: a head, the rest of a body, another request."""
@@ -110,12 +126,26 @@ def bounded_protocol(
                 self._timer = self.loop.call_later(settings.header_timeout_s, self._give_up)
             elif self.cycle.response_complete:  # else the application has bounds of its own
                 time_s = settings.body_timeout_s if self._is_in_body else settings.keep_alive_s
-                self._timer = self.loop.call_later(time_s, self.timeout_keep_alive_handler)
+                self._timer = self.loop.call_later(time_s, self._close)
 
         def _stop_timer(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
+
+        def _watch_writing(self) -> None:
+            if self._write_timer is None:
+                self._write_timer = self.loop.call_later(settings.body_timeout_s, self.transport.abort)
+
+        def _stop_write_timer(self) -> None:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
+
+        def _close(self) -> None:
+            """Once the client has taken what was written, for which it has its time."""
+            self.transport.close()
+            self._watch_writing()
 
         def _give_up(self) -> None:
             log.info("closing a connection whose headers did not arrive")
@@ -130,7 +160,7 @@ def bounded_protocol(
                 on_refusal(kind)
                 if not (self._is_in_body and self.cycle.response_started):
                     self.transport.write(_problem(status, kind, detail))
-                self.transport.close()
+                self._close()
 
         def send_400_response(self, msg: str) -> None:
             self._refuse(400, "malformed-request", msg)

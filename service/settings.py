@@ -102,7 +102,11 @@ class Settings(BaseSettings):
         120.0, gt=0.0, description="Longest that X-Request-Timeout may ask for."
     )
     header_timeout_s: float = Field(10.0, gt=0.0, description="A connection must send its headers by then.")
-    body_timeout_s: float = Field(60.0, gt=0.0, description="A body not received by then gets 408.")
+    body_timeout_s: float = Field(
+        60.0,
+        gt=0.0,
+        description="A body not received by then gets 408; an answer not taken by then is dropped.",
+    )
     keep_alive_s: float = Field(15.0, gt=0.0, description="An idle connection is closed after this.")
 
     max_batch_size: int = Field(0, ge=0, description="Pictures a backbone pass; 0: 8 on CPU, 64 on CUDA.")

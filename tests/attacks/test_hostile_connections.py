@@ -2,8 +2,9 @@
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import httpx
@@ -50,10 +51,14 @@ def _the_server_lives_on(server: RunningServer) -> Iterator[None]:
     assert server.process.poll() is None
 
 
-def connect(server: RunningServer) -> socket.socket:
+def connect(server: RunningServer, receive_bytes: int | None = None) -> socket.socket:
+    """`receive_bytes`: about how much may wait here to be read, instead of the system's megabytes."""
     url = httpx.URL(server.url)
-    connection = socket.create_connection((url.host, url.port), timeout=20.0)
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     connection.settimeout(20.0)
+    connection.connect((url.host, url.port))
     return connection
 
 
@@ -254,6 +259,16 @@ def test_more_connections_than_allowed_are_refused_and_those_there_go_on(server:
         finally:
             for one in idle:
                 one.close()
+
+
+def test_who_does_not_take_its_answers_is_not_waited_for(server: RunningServer) -> None:
+    with ExitStack() as stack:
+        for _ in range(MAX_CONNECTIONS):
+            deaf = stack.enter_context(closing(connect(server, receive_bytes=2048)))
+            deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
+        deadline = time.monotonic() + 60.0
+        while httpx.get(f"{server.url}/health/live", timeout=20.0).status_code != 200:
+            assert time.monotonic() < deadline
 
 
 def test_paths_and_queries_full_of_control_characters_are_refused(server: RunningServer) -> None:

@@ -1,0 +1,72 @@
+"""One connection after another to a small application: what the protocol does around it."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from service.http_protocol import bounded_protocol
+from service.settings import Settings
+
+TIMEOUT_S = 0.2
+SETTINGS = Settings(
+    max_header_bytes=8192, header_timeout_s=TIMEOUT_S, body_timeout_s=TIMEOUT_S, keep_alive_s=TIMEOUT_S
+)
+
+
+def answering(answer: Callable[[Request], Awaitable[Response]]) -> ASGIApp:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await (await answer(Request(scope, receive)))(scope, receive, send)
+
+    return app
+
+
+@asynccontextmanager
+async def connected(
+    answer: Callable[[Request], Awaitable[Response]], buffer_bytes: int | None = None
+) -> AsyncIterator[tuple[socket.socket, ServerState]]:
+    """A client's socket, and the state of the server at its other end."""
+    loop = asyncio.get_running_loop()
+    config = uvicorn.Config(answering(answer), log_config=None, ws="none", timeout_keep_alive=1)
+    state = ServerState()
+    protocol = bounded_protocol(SETTINGS)
+    listening, client = socket.create_server(("127.0.0.1", 0)), socket.socket()
+    if buffer_bytes is not None:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    client.setblocking(False)
+    server = await loop.create_server(lambda: protocol(config, state, {}, loop), sock=listening)
+    try:
+        await loop.sock_connect(client, listening.getsockname())
+        yield client, state
+    finally:
+        client.close()
+        server.close()
+        await until(lambda: not state.connections)
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20.0):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("wishes", ["keep-alive", "close"])
+async def test_an_answer_that_nobody_takes_holds_no_connection(wishes: str) -> None:
+    """It fits into the server's buffer, so that nothing waits for it but the end of the connection."""
+
+    async def answer(_: Request) -> Response:
+        return Response(b"x" * 60_000)
+
+    async with connected(answer, buffer_bytes=2048) as (client, state):
+        head = f"GET / HTTP/1.1\r\nHost: x\r\nConnection: {wishes}\r\n\r\n"
+        await asyncio.get_running_loop().sock_sendall(client, head.encode())
+        await until(lambda: state.total_requests == 1)
+        await until(lambda: not state.connections)
