@@ -8,6 +8,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
@@ -46,17 +47,45 @@ def bounded_protocol(
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
+            self._unset_keepalive_if_required()
             self._head_bytes += len(data)
             self._read_bytes = len(data)
             self._body_bytes = 0
             cycle = self.cycle
-            super().data_received(data)
+            try:
+                self._parse(data)
+            except HttpParserError:
+                self._refuse(400, "malformed-request", "no valid HTTP request")
             # One read may hold the whole head and the beginning of a body, so only what is left open counts.
             if self._is_in_head and self._head_bytes > settings.max_header_bytes:
                 self._refuse_head()
             elif self._is_in_body and self.cycle is cycle:  # the read that ends the head does not count
                 self._count_framing(len(data) - self._body_bytes)
             self._watch()
+
+        def _parse(self, data: bytes) -> None:
+            """A wish to upgrade is ignored (RFC 9110, 7.8): uvicorn would take the body that comes with it
+            for the next request."""
+            rest = memoryview(data)
+            while not self.transport.is_closing():
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except HttpParserUpgrade as wish:
+                    if self.parser.get_method() == b"CONNECT":
+                        self._refuse(400, "malformed-request", "this is no proxy")
+                        return
+                    self._parse_again_without_wish()
+                    rest = rest[wish.args[0] :]
+
+        def _parse_again_without_wish(self) -> None:
+            """The parser skips the body of such a request, so another one gets the same head without it."""
+            version = self.parser.get_http_version().encode()
+            lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+            lines += [b"%b: %b" % one for one in self.headers if one[0] != b"upgrade"]
+            self.parser = HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn has it
+            self.parser.feed_data(b"\r\n".join([*lines, b"", b""]))
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
@@ -71,6 +100,8 @@ def bounded_protocol(
 
         def on_headers_complete(self) -> None:
             self._stop_timer()
+            if self.parser.should_upgrade() or self.transport.is_closing():
+                return
             self._is_in_head = False
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > settings.max_header_bytes:
@@ -86,6 +117,8 @@ def bounded_protocol(
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self.parser.should_upgrade():
+                return
             self._stop_timer()
             self._read_bytes = 0
             self._is_in_body = False
@@ -161,9 +194,6 @@ def bounded_protocol(
                 if not (self._is_in_body and self.cycle.response_started):
                     self.transport.write(_problem(status, kind, detail))
                 self._close()
-
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(400, "malformed-request", msg)
 
     return BoundedProtocol
 

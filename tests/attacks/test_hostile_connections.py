@@ -1,6 +1,7 @@
 """Connections that want too much: endless headers, no headers, half bodies, too many of them, no HTTP at all."""
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -237,6 +238,42 @@ def test_a_body_with_short_trailers_is_served(server: RunningServer) -> None:
 )
 def test_what_is_no_http_is_refused(data: bytes, server: RunningServer) -> None:
     assert exchange(server, data)[0] == 400
+
+
+UPGRADE = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+def answers_of(connection: socket.socket, data: bytes) -> list[bytes]:
+    """The status lines of what comes back for `data` and, to end it, a request that closes the connection."""
+    connection.sendall(data + b"GET /health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    received = b""
+    while piece := connection.recv(65536):
+        received += piece
+    return re.findall(rb"HTTP/1\.1 (\d+)", received)
+
+
+@pytest.mark.parametrize("wish", [UPGRADE, b"Connection: upgrade\r\nUpgrade: websocket\r\n"])
+def test_a_wish_to_upgrade_is_ignored(wish: bytes, server: RunningServer) -> None:
+    length = b"Content-Length: %d\r\n\r\n" % len(PICTURE)
+    post = b"POST /predict HTTP/1.1\r\nHost: x\r\n" + wish + length
+    with closing(connect(server)) as connection:
+        connection.sendall(post)
+        assert answers_of(connection, PICTURE + (post + PICTURE) * 3) == [b"200"] * 5
+
+
+@pytest.mark.parametrize("method", ["POST", "CONNECT"])
+def test_no_body_is_taken_for_a_request(method: str, server: RunningServer) -> None:
+    hidden = b"GET /tasks HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = f"{method} /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(hidden)}\r\n".encode()
+    with closing(connect(server)) as connection:
+        answers = answers_of(connection, head + UPGRADE + b"\r\n" + hidden)
+    assert answers == ([b"415", b"200"] if method == "POST" else [b"400"])
+
+
+def test_very_many_wishes_in_one_read_are_bounded(server: RunningServer) -> None:
+    ask = b"GET /nowhere HTTP/1.1\r\nHost: x\r\n" + UPGRADE + b"\r\n"
+    with closing(connect(server)) as connection:
+        assert answers_of(connection, ask * 2000) == [b"404"] * 2000 + [b"200"]
 
 
 def test_websockets_are_not_spoken_here(server: RunningServer) -> None:
