@@ -127,7 +127,9 @@ def install(app: FastAPI) -> None:
 
     async def on_bug(request: Request, _: Exception) -> JSONResponse:
         context = current_request.get()
-        headers = {"x-request-id": context.request_id} if context else None  # sent outside TrackRequests
+        headers = {"Connection": "close"}  # as uvicorn does after a fault
+        if context is not None:
+            headers["x-request-id"] = context.request_id  # sent outside TrackRequests
         detail = "This is a bug; the log has the details."
         return problem(500, "internal", detail, request.url.path, headers)
 

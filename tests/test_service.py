@@ -532,3 +532,15 @@ def test_pictures_and_vectors_are_two_forms(body: dict[str, object], client: Tes
     refused = client.post("/predict", json=body)
     assert refused.status_code == 422
     assert "go together" in refused.json()["detail"] or "either images or cls" in refused.json()["detail"]
+
+
+def test_after_a_bug_the_answer_says_that_its_connection_closes(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("service.routes.traffic.TrafficOut.of", fail)
+    response = client.get("/traffic")
+    assert response.status_code == 500
+    assert response.headers["connection"] == "close"
