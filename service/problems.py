@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 
 from model_store import errors as faults
@@ -16,6 +17,7 @@ from model_store.errors import ToscaError
 from service import errors as service_faults
 from service.request_context import current_request
 
+CLIENT_CLOSED_REQUEST = 499  # nginx's name for it; nobody reads the response, but logs count it
 MEDIA_TYPE = "application/problem+json"
 _MAX_TEXT = 1000
 _CHALLENGE = 'Bearer realm="tosca"'
@@ -125,6 +127,9 @@ def install(app: FastAPI) -> None:
             headers["Allow"] = ", ".join(methods)
         return problem(error.status_code, "http", str(error.detail), request.url.path, headers)
 
+    async def on_leaving(_request: Request, _: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
     async def on_bug(request: Request, _: Exception) -> JSONResponse:
         context = current_request.get()
         headers = {"Connection": "close"}  # as uvicorn does after a fault
@@ -136,4 +141,5 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ToscaError, on_fault)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ClientDisconnect, on_leaving)
     app.add_exception_handler(Exception, on_bug)

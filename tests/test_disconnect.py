@@ -3,10 +3,10 @@
 import asyncio
 
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-from service.disconnect import ClientLeft, while_connected
+from service.disconnect import while_connected
 
 
 def request(*messages: Message) -> tuple[Request, asyncio.Event]:
@@ -55,7 +55,7 @@ async def test_work_stops_when_its_client_leaves() -> None:
         finally:
             stopped.set()
 
-    with pytest.raises(ClientLeft):
+    with pytest.raises(ClientDisconnect):
         await while_connected(asked, work())
     assert stopped.is_set()
 

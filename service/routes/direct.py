@@ -33,8 +33,6 @@ class DirectRoute(APIRoute):
                 answer = await self.endpoint(
                     request, state, caller, query, request.headers.get("x-request-timeout")
                 )
-            if isinstance(answer, Response):
-                return answer
             return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
         return handle

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Request, Response
 
 from service.admission import deadline_s
-from service.disconnect import ClientLeft, while_connected
+from service.disconnect import while_connected
 from service.errors import EngineStopped, ShuttingDown
 from service.open_inference.answering import infer as answer
 from service.open_inference.answering import max_listed
@@ -25,7 +25,6 @@ from service.open_inference.messages import (
 )
 from service.open_inference.models import EXTENSIONS, PLATFORM, find_model, inputs_of
 from service.prediction import Inquiry
-from service.routes.predict import CLIENT_CLOSED_REQUEST
 from service.routes.state import Predicting, Reading, State
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -125,8 +124,5 @@ async def infer(
     body = await request.body()
     max_elements = max_listed(backbone, state.settings.max_images_per_request)
     asked, binary = await read_infer_body(body, request.headers, state.settings, max_elements)
-    try:
-        outputs = await while_connected(request, answer(inquiry, model, asked, backbone))
-    except ClientLeft:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    outputs = await while_connected(request, answer(inquiry, model, asked, backbone))
     return infer_response(model, asked.request_id, outputs, binary)

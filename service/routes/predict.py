@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request
 from torch import Tensor
 
 from service.admission import deadline_s
-from service.disconnect import ClientLeft, while_connected
+from service.disconnect import while_connected
 from service.payloads import decode_base64, read_cls, read_pictures
 from service.prediction import Inquiry, Wishes
 from service.routes.direct import DirectRoute
@@ -15,7 +15,6 @@ from service.schemas.predict import PredictQuery, PredictRequest, PredictRespons
 
 router = APIRouter(tags=["predict"], route_class=DirectRoute)
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's name for it; nobody reads the response, but logs count it
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _BODY = {
     "requestBody": {
@@ -50,7 +49,7 @@ async def predict(
     _: Predicting,
     query: Annotated[PredictQuery, Query()],
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
-) -> PredictResponse | Response:
+) -> PredictResponse:
     """Answer each picture with the most probable (task, label) over all active tasks.
 
     Every answer carries the receipt of what answered. A picture that cannot be read refuses its whole
@@ -74,9 +73,6 @@ async def predict(
         pictures = body
     inquiry.check_top_k(top_k)
     wishes = Wishes(task, top_k, selection, coverage)
-    try:
-        answers = await while_connected(request, inquiry.answer(pictures, wishes))
-    except ClientLeft:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    answers = await while_connected(request, inquiry.answer(pictures, wishes))
     cls_of = state.engine.backbone.fingerprint if query.return_cls else None
     return PredictResponse.of(answers, timings=query.timings, cls_of=cls_of)

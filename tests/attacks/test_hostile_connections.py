@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -156,6 +157,22 @@ def test_who_is_answered_and_then_stops_sending_is_not_waited_for(rest: bytes, s
         connection.sendall(rest)
         while connection.recv(65536):
             pass
+
+
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/tosca/infer", "/tasks"])
+@pytest.mark.parametrize("media_type", ["application/json", "multipart/form-data; boundary=x"])
+def test_who_leaves_amid_a_body_is_no_bug_of_ours(path: str, media_type: str, server: RunningServer) -> None:
+    request_id = uuid.uuid4().hex
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {request_id}\r\nContent-Type: {media_type}\r\n"
+    with closing(connect(server)) as connection:
+        connection.sendall(head.encode() + b"Content-Length: 1000\r\n\r\n--x\r\n")
+    deadline = time.monotonic() + 20.0
+    while request_id not in server.log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    lines = [json.loads(one) for one in server.log.read_text().splitlines() if request_id in one]
+    assert [one["status"] for one in lines] == [499]
+    assert 'reason="internal"' not in httpx.get(f"{server.url}/metrics").text
 
 
 def test_a_body_that_announces_too_much_is_refused_before_it_comes(server: RunningServer) -> None:
