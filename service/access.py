@@ -126,8 +126,11 @@ class Access:
         """Refuse what a page of another site makes a visitor's browser send to a server without keys."""
         if origin is None or caller.key_id is not None or origin in self._own_origins:
             return
-        there = urlsplit(origin)
-        is_same = there.netloc == host and (not self._is_local or is_loopback(there.hostname or ""))
+        try:
+            there = urlsplit(origin)
+            is_same = there.netloc == host and (not self._is_local or is_loopback(there.hostname or ""))
+        except ValueError:  # as http://[
+            is_same = False
         if not is_same:
             raise Forbidden(f"origin {origin[:100]!r} may not send requests without an API key", scope=None)
 

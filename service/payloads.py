@@ -166,6 +166,8 @@ async def _uploads(request: Request, max_files: int) -> list[bytes]:
         form = await request.form(max_files=max_files, max_fields=0)
     except HTTPException as error:  # Starlette's own refusal of a malformed body
         raise InvalidRequest(f"multipart body: {error.detail}") from error
+    except UnicodeError as error:  # of the charset that the client names
+        raise InvalidRequest(f"multipart body: {error}") from error
     try:
         files = [await value.read() for _, value in form.multi_items() if isinstance(value, UploadFile)]
     finally:

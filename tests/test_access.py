@@ -202,6 +202,8 @@ def test_loopback_is_what_only_this_machine_reaches() -> None:
         ("http://evil.org:8000", "evil.org:8000", False),  # a name made to point at 127.0.0.1
         ("http://localhost:3000", "localhost:8000", False),
         ("null", "localhost:8000", False),
+        ("http://[", "localhost:8000", False),
+        ("http://[x]:80", "[x]:80", False),
         ("https://ours.org", "localhost:8000", True),
     ],
 )

@@ -75,6 +75,13 @@ REFUSED: dict[str, tuple[dict[str, object], int]] = {
     "a type with a null": (typed(PICTURE, "image\x00/png"), 415),
     "a type of 10,000 characters": (typed(PICTURE, "x" * 10_000), 415),
     "a boundary of 10,000 characters": (multipart(part("image", PICTURE), boundary="b" * 10_000), 422),
+    "a charset that decodes nothing": (
+        typed(
+            b"--b\r\n" + part("image", PICTURE) + b"\r\n--b--\r\n",
+            "multipart/form-data; boundary=b; charset=undefined",
+        ),
+        422,
+    ),
     "more parts than allowed": (multipart(*[part("image", PICTURE)] * 5), 422),
     "ten thousand empty parts": (multipart(*[part("image", b"")] * 10_000), 422),
     "text fields in place of files": (
