@@ -2,13 +2,15 @@
 
 import asyncio
 import binascii
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TypeVar
 
 import torch
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
 from model_store.backbone import Backbone
@@ -161,11 +163,31 @@ def parse_json(body: bytes, model: type[Body], max_elements: int) -> Body:
         raise InvalidRequest(f"{where}: {first['msg']}") from error
 
 
+class _WholeForm(MultiPartParser):
+    """Starlette's parser, which would leave out a last part that nothing ends."""
+
+    def __init__(self, request: Request, max_files: int) -> None:
+        super().__init__(request.headers, self._pieces(request), max_files=max_files, max_fields=0)
+        self._is_whole = False
+
+    def on_end(self) -> None:
+        self._is_whole = True
+
+    async def _pieces(self, request: Request) -> AsyncGenerator[bytes]:
+        async with aclosing(request.stream()) as stream:
+            async for piece in stream:
+                yield piece
+        if not self._is_whole:
+            raise MultiPartException("its closing boundary is missing")
+
+
 async def _uploads(request: Request, max_files: int) -> list[bytes]:
+    parser = _WholeForm(request, max_files)
     try:
-        form = await request.form(max_files=max_files, max_fields=0)
-    except HTTPException as error:  # Starlette's own refusal of a malformed body
-        raise InvalidRequest(f"multipart body: {error.detail}") from error
+        async with aclosing(parser.stream):
+            form = await parser.parse()
+    except MultiPartException as error:
+        raise InvalidRequest(f"multipart body: {error.message}") from error
     except UnicodeError as error:  # of the charset that the client names
         raise InvalidRequest(f"multipart body: {error}") from error
     try:

@@ -66,6 +66,8 @@ def typed(content: bytes, media_type: str, **more: str) -> dict[str, object]:
 
 
 JSON = "application/json"
+FORM = "multipart/form-data; boundary=b"
+UNENDED = b"--b\r\n" + part("image", PICTURE) + b"\r\n--b\r\n" + part("image", PICTURE)
 REFUSED: dict[str, tuple[dict[str, object], int]] = {
     "JSON called a picture": (typed(b'{"images": []}', "image/png"), 415),
     "a picture called JSON": (typed(PICTURE, JSON), 422),
@@ -75,6 +77,11 @@ REFUSED: dict[str, tuple[dict[str, object], int]] = {
     "a type with a null": (typed(PICTURE, "image\x00/png"), 415),
     "a type of 10,000 characters": (typed(PICTURE, "x" * 10_000), 415),
     "a boundary of 10,000 characters": (multipart(part("image", PICTURE), boundary="b" * 10_000), 422),
+    "no closing boundary": (typed(UNENDED, FORM), 422),
+    "a picture cut short": (typed(UNENDED[: -len(PICTURE) // 2], FORM), 422),
+    "half a closing boundary": (typed(UNENDED + b"\r\n--b-", FORM), 422),
+    "a boundary after which nothing comes": (typed(UNENDED + b"\r\n--b\r\n", FORM), 422),
+    "another closing boundary": (typed(UNENDED + b"\r\n--c--\r\n", FORM), 422),
     "a charset that decodes nothing": (
         typed(
             b"--b\r\n" + part("image", PICTURE) + b"\r\n--b--\r\n",
@@ -122,6 +129,15 @@ def test_a_hostile_body_is_refused(name: str, client: TestClient) -> None:
     assert response.status_code == status, response.text[:500]
     assert response.headers["content-type"] == "application/problem+json"
     assert len(response.content) < 2500
+
+
+@pytest.mark.parametrize("begin", [b"", b"\r\n", b"\r\npreamble\r\n"])
+@pytest.mark.parametrize("end", [b"--", b"--\r\n", b"-- \t\r\n", b"--\r\nepilogue"])
+def test_a_form_may_have_what_its_standard_allows(begin: bytes, end: bytes, client: TestClient) -> None:
+    """A preamble, blanks after the boundary, an epilogue or no line end there (RFC 2046, 5.1.1)."""
+    response = client.post("/predict", **typed(begin + UNENDED + b"\r\n--b" + end, FORM))
+    assert response.status_code == 200
+    assert len(response.json()["predictions"]) == 2
 
 
 @pytest.mark.parametrize(
