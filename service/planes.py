@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 class Planes:
     """Hands every request to the application of the port it came in on.
 
-    The port is the local end of the connection, which no client chooses. The lifespan is that of `main`.
+    The port is the local end of the connection, which no client chooses; its address does not count, so no
+    two ports may have one number. The lifespan is that of `main`.
     """
 
     def __init__(self, main: ASGIApp) -> None:

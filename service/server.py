@@ -35,7 +35,8 @@ _GARBAGE_THRESHOLD = 5000
 
 
 def serve(settings: Settings, backbone: Backbone | None = None) -> None:
-    """Serve until a signal. Raises CannotListen, and what creating the application raises."""
+    """Serve until a signal. Raises InvalidSettings, CannotListen, and what creating the application
+    raises."""
     configure_logs(settings)
     if (settings.tls_certificate is None) != (settings.tls_key is None):
         raise InvalidSettings("TOSCA_TLS_CERTIFICATE and TOSCA_TLS_KEY go together")
@@ -44,6 +45,7 @@ def serve(settings: Settings, backbone: Backbone | None = None) -> None:
     sockets = [_bind(settings.host, settings.port)]
     if settings.admin_port is not None:
         sockets.append(_bind(settings.admin_host, settings.admin_port))
+        _check_ports(*sockets)
         planes.put(_port(sockets[1]), create_admin_app(settings, main))
     config = uvicorn.Config(
         planes,
@@ -126,6 +128,14 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.close()
         raise CannotListen(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
     return bound
+
+
+def _check_ports(main: socket.socket, admin: socket.socket) -> None:
+    """Raises InvalidSettings when they have one number, by which the planes are told apart."""
+    if (port := _port(main)) == _port(admin):
+        main.close()
+        admin.close()
+        raise InvalidSettings(f"main and admin port are both {port}: they need two, on two addresses, too")
 
 
 def _port(bound: socket.socket) -> int:
