@@ -10,13 +10,16 @@ period. A process that can answer no more ends with status 70, for its superviso
 import asyncio
 import gc
 import logging
+import math
 import os
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from model_store.backbone import Backbone
 from service.app import create_admin_app, create_app
@@ -47,21 +50,26 @@ def serve(settings: Settings, backbone: Backbone | None = None) -> None:
         sockets.append(_bind(settings.admin_host, settings.admin_port))
         _check_ports(*sockets)
         planes.put(_port(sockets[1]), create_admin_app(settings, main))
-    config = uvicorn.Config(
-        planes,
-        http=bounded_protocol(settings, main.state.telemetry.metrics.count_refusal),
+    config = config_of(settings, planes, main.state.telemetry.metrics.count_refusal)
+    for name, one in zip(("main", "admin"), sockets, strict=False):
+        log.info("%s port: %s:%d", name, *one.getsockname()[:2])
+    Server(config, main, settings).run(sockets)
+
+
+def config_of(settings: Settings, app: ASGIApp, on_refusal: Callable[[str], None]) -> uvicorn.Config:
+    """What uvicorn is told, whose times are whole seconds: never less than was set."""
+    return uvicorn.Config(
+        app,
+        http=bounded_protocol(settings, on_refusal),
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
         ssl_certfile=settings.tls_certificate,
         ssl_keyfile=settings.tls_key,
-        timeout_keep_alive=int(settings.keep_alive_s),
-        timeout_graceful_shutdown=int(settings.shutdown_timeout_s),
+        timeout_keep_alive=math.ceil(settings.keep_alive_s),
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_timeout_s),
     )
-    for name, one in zip(("main", "admin"), sockets, strict=False):
-        log.info("%s port: %s:%d", name, *one.getsockname()[:2])
-    Server(config, main, settings).run(sockets)
 
 
 class Server(uvicorn.Server):

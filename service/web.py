@@ -1,7 +1,12 @@
 """Headers on every answer: what browsers may do with it, and that a draining server wants no more."""
 
+import asyncio
+
 from starlette.datastructures import MutableHeaders, State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import ShuttingDown
+from service.problems import problem_of
 
 # FastAPI's /docs page loads Swagger UI from jsDelivr and starts it with an inline script.
 _DOCS_POLICY = (
@@ -41,17 +46,34 @@ class SecureHeaders:
 
 class CloseWhenDraining:
     """ASGI middleware: while the service drains, every answer closes its connection, so that a client finds
-    another replica for its next request instead of this one's closing door."""
+    another replica for its next request instead of this one's closing door. What is cancelled when the time
+    of draining is over is refused."""
 
     def __init__(self, app: ASGIApp, state: State) -> None:
         self._app = app
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        has_begun = False
+
         async def closing(message: Message) -> None:
-            service = getattr(self._state, "service", None)
-            if message["type"] == "http.response.start" and service is not None and service.is_draining:
+            nonlocal has_begun
+            has_begun = True
+            if message["type"] == "http.response.start" and self._is_draining():
                 MutableHeaders(scope=message)["connection"] = "close"
             await send(message)
 
-        await self._app(scope, receive, closing if scope["type"] == "http" else send)
+        try:
+            await self._app(scope, receive, closing)
+        except asyncio.CancelledError:
+            if has_begun or not self._is_draining():
+                raise
+            refusal = ShuttingDown("not answered before the server had to end")
+            await problem_of(refusal, scope["path"])(scope, receive, closing)
+
+    def _is_draining(self) -> bool:
+        service = getattr(self._state, "service", None)
+        return service is not None and service.is_draining

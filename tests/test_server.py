@@ -1,20 +1,26 @@
 """The process around the application, without one of its own."""
 
+import asyncio
 import gc
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
 from serving import free_port
+from starlette.datastructures import State
+from starlette.types import Message
 
 from model_store.store import ModelStore
-from service.server import Server
+from service.server import Server, config_of
 from service.settings import Settings
+from service.web import CloseWhenDraining
 
 
 @pytest.fixture
@@ -52,3 +58,35 @@ def test_main_and_admin_port_have_two_numbers_on_two_addresses_too(tiny_store: M
     )
     assert ended.returncode != 0
     assert f"both {port}" in ended.stderr
+
+
+def test_times_below_a_second_are_not_none_at_all() -> None:
+    settings = Settings(keep_alive_s=0.5, shutdown_timeout_s=0.9)
+    config = config_of(settings, FastAPI(), lambda _: None)
+    assert config.timeout_keep_alive == config.timeout_graceful_shutdown == 1
+
+
+async def test_what_is_cut_at_the_end_of_a_drain_is_refused() -> None:
+    waiting = asyncio.Event()
+    sent: list[Message] = []
+
+    async def app(*_: object) -> None:
+        waiting.set()
+        await asyncio.Event().wait()
+
+    async def receive() -> Message:
+        raise AssertionError("nothing is read for a refusal")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    draining = State({"service": SimpleNamespace(is_draining=True)})
+    scope = {"type": "http", "method": "POST", "path": "/predict"}
+    answering = asyncio.create_task(CloseWhenDraining(app, draining)(scope, receive, send))
+    await waiting.wait()
+    answering.cancel()
+    await answering
+    start, body = sent
+    assert start["status"] == 503
+    assert (b"connection", b"close") in start["headers"]
+    assert json.loads(body["body"])["type"] == "urn:tosca:problem:shutting-down"
