@@ -32,6 +32,10 @@ def bounded_protocol(
         _timer: asyncio.TimerHandle | None = None  # of a head, or of what comes after an answer
         _write_timer: asyncio.TimerHandle | None = None  # of what the client does not take
 
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._pieces: list[bytes] = []  # of a body, of the read at hand
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > settings.max_connections:
@@ -56,6 +60,7 @@ def bounded_protocol(
                 self._parse(data)
             except HttpParserError:
                 self._refuse(400, "malformed-request", "no valid HTTP request")
+            self._hand_on_body()
             # One read may hold the whole head and the beginning of a body, so only what is left open counts.
             if self._is_in_head and self._head_bytes > settings.max_header_bytes:
                 self._refuse_head()
@@ -113,8 +118,14 @@ def bounded_protocol(
 
         def on_body(self, body: bytes) -> None:
             self._body_bytes += len(body)
-            if not self.transport.is_closing():
-                super().on_body(body)
+            self._pieces.append(body)
+
+        def _hand_on_body(self) -> None:
+            """One piece a read, however many chunks it held."""
+            pieces = b"".join(self._pieces)
+            self._pieces.clear()
+            if pieces and not self.transport.is_closing():
+                super().on_body(pieces)
 
         def on_message_complete(self) -> None:
             if self.parser.should_upgrade():
@@ -122,6 +133,7 @@ def bounded_protocol(
             self._stop_timer()
             self._read_bytes = 0
             self._is_in_body = False
+            self._hand_on_body()
             if not self.transport.is_closing():
                 super().on_message_complete()
 

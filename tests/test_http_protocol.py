@@ -10,6 +10,7 @@ import uvicorn
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from service.http_protocol import bounded_protocol
@@ -70,3 +71,25 @@ async def test_an_answer_that_nobody_takes_holds_no_connection(wishes: str) -> N
         await asyncio.get_running_loop().sock_sendall(client, head.encode())
         await until(lambda: state.total_requests == 1)
         await until(lambda: not state.connections)
+
+
+async def test_the_chunks_of_a_read_are_handed_on_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each costs the event loop something: a body of very small ones would hold up everybody else."""
+    handed_on: list[bytes] = []
+    uvicorns = HttpToolsProtocol.on_body
+
+    def on_body(self: HttpToolsProtocol, body: bytes) -> None:
+        handed_on.append(body)
+        uvicorns(self, body)
+
+    async def answer(request: Request) -> Response:
+        return Response(await request.body())
+
+    monkeypatch.setattr(HttpToolsProtocol, "on_body", on_body)
+    async with connected(answer) as (client, state):
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        chunks = b"5\r\nhello\r\n" * 1000 + b"0\r\n\r\n"
+        await asyncio.get_running_loop().sock_sendall(client, head + chunks)
+        await until(lambda: state.total_requests == 1)
+    assert b"".join(handed_on) == b"hello" * 1000
+    assert len(handed_on) < 20
