@@ -148,7 +148,7 @@ def bounded_protocol(
             super().on_response_complete()
             if self.transport.is_closing():
                 self._watch_writing()
-            elif self._is_in_body:
+            elif self._is_in_head or self._is_in_body:
                 self._watch()
 
         def pause_writing(self) -> None:
@@ -165,11 +165,12 @@ def bounded_protocol(
 
         def _watch(self) -> None:
             """Bound the time of what the client owes: a head, the rest of a body, another request."""
-            if self._timer is not None or self.transport.is_closing():
-                return
+            is_answered = self.cycle is None or self.cycle.response_complete
+            if self._timer is not None or self.transport.is_closing() or not is_answered:
+                return  # an answer has the bounds of the application, and what comes next waits for it
             if self._is_in_head:
                 self._timer = self.loop.call_later(settings.header_timeout_s, self._give_up)
-            elif self.cycle.response_complete:  # else the application has bounds of its own
+            else:
                 time_s = settings.body_timeout_s if self._is_in_body else settings.keep_alive_s
                 self._timer = self.loop.call_later(time_s, self._close)
 
@@ -200,10 +201,16 @@ def bounded_protocol(
             detail = f"request line and headers have more than {settings.max_header_bytes} bytes"
             self._refuse(431, "headers-too-large", detail)
 
+        def _is_next(self) -> bool:
+            """Whether the client takes what is written now for the answer to what it is sending."""
+            if self._is_in_body:
+                return not self.cycle.response_started and not self.pipeline
+            return self.cycle is None or self.cycle.response_complete
+
         def _refuse(self, status: int, kind: str, detail: str) -> None:
             if not self.transport.is_closing():
                 on_refusal(kind)
-                if not (self._is_in_body and self.cycle.response_started):
+                if self._is_next():
                     self.transport.write(_problem(status, kind, detail))
                 self._close()
 

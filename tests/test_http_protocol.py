@@ -1,9 +1,10 @@
 """One connection after another to a small application: what the protocol does around it."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 import uvicorn
@@ -93,3 +94,43 @@ async def test_the_chunks_of_a_read_are_handed_on_together(monkeypatch: pytest.M
         await until(lambda: state.total_requests == 1)
     assert b"".join(handed_on) == b"hello" * 1000
     assert len(handed_on) < 20
+
+
+async def received(client: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    pieces = []
+    with suppress(ConnectionResetError):
+        async with asyncio.timeout(20.0):
+            while piece := await asyncio.get_running_loop().sock_recv(client, 65536):
+                pieces.append(piece)
+    return b"".join(pieces)
+
+
+async def test_the_head_of_a_second_request_has_its_time_after_the_first_answer() -> None:
+    async def answer(_: Request) -> Response:
+        await asyncio.sleep(2 * TIMEOUT_S)
+        return Response(b"first")
+
+    async with connected(answer) as (client, _):
+        request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+        await asyncio.get_running_loop().sock_sendall(client, request + request[:-2])
+        came = await received(client)
+    assert re.findall(rb"HTTP/1\.1 (\d+)", came) == [b"200", b"408"]
+
+
+@pytest.mark.parametrize("second", [b"GET / HTTP/1.1\r\nX: " + b"a" * 10_000, b"no HTTP\r\n\r\n"])
+async def test_a_refusal_is_never_taken_for_the_answer_of_an_earlier_request(second: bytes) -> None:
+    has_begun = asyncio.Event()
+
+    async def answer(request: Request) -> Response:
+        has_begun.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return Response()
+
+    async with connected(answer) as (client, _):
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await has_begun.wait()
+        await loop.sock_sendall(client, second)
+        assert await received(client) == b""
