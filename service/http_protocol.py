@@ -9,7 +9,8 @@ from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.settings import Settings
 
@@ -30,6 +31,7 @@ def bounded_protocol(
         _body_bytes = 0  # of the read at hand
         _framing_bytes = 0  # chunk sizes and trailers, less a byte for each that came of the body itself
         _timer: asyncio.TimerHandle | None = None  # of a head, or of what comes after an answer
+        _begun: RequestResponseCycle | None = None  # the request that the application has
         _write_timer: asyncio.TimerHandle | None = None  # of what the client does not take
 
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -46,7 +48,14 @@ def bounded_protocol(
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
             self._stop_write_timer()
+            if self._begun is not None:  # uvicorn tells the newest of pipelined requests alone
+                self._begun.disconnected = True
+                self._begun.message_event.set()
             super().connection_lost(exc)
+
+        def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+            self._begun = cycle
+            super()._start_asgi_task(cycle, app)
 
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():

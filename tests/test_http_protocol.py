@@ -134,3 +134,21 @@ async def test_a_refusal_is_never_taken_for_the_answer_of_an_earlier_request(sec
         await has_begun.wait()
         await loop.sock_sendall(client, second)
         assert await received(client) == b""
+
+
+async def test_a_request_before_others_learns_that_its_client_left() -> None:
+    """Else its answer would be written to a closed connection, which looks like a bug of ours."""
+    has_begun = asyncio.Event()
+
+    async def answer(request: Request) -> Response:
+        has_begun.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return Response()
+
+    async with connected(answer) as (client, state):
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+        await has_begun.wait()
+        client.close()
+        await until(lambda: not state.connections and not state.tasks)
