@@ -16,7 +16,7 @@ from model_store.backbone import Backbone
 from model_store.store import ModelStore, with_task
 from service.app import create_app
 from service.engine import Engine
-from service.routes.predict import CLIENT_CLOSED_REQUEST
+from service.problems import CLIENT_CLOSED_REQUEST
 from service.settings import Settings
 
 PICTURE = encoded(noise())
