@@ -5,11 +5,12 @@ and so of the backbone's fingerprint, because another way of decoding gives othe
 """
 
 import io
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from model_store.errors import ImageTooLarge, InvalidImage, UnsupportedImageFormat
 
@@ -35,6 +36,8 @@ _PEAK_BYTES = 17
 _WEBP_PEAK_BYTES = 28  # its decoder keeps two canvases of its own
 # A JPEG in several scans is gathered whole before it is reduced: four channels of 16 bits.
 _JPEG_SCAN_BYTES = 8
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF tags
+_TIFF_INTEGERS = {3: "H", 4: "I", 16: "Q"}  # SHORT, LONG and LONG8
 _MAX_TRANSFORMS = 16
 
 
@@ -91,28 +94,53 @@ def open_image(data: bytes, limits: ImageLimits, min_side: int | None = None) ->
     # that goes wrong while reading somebody's bytes is a fault of those bytes.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+        tile = _tile_size(image, data) if isinstance(image, TiffImagePlugin.TiffImageFile) else (0, 0)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLarge(f"image declares too many pixels, the limit is {limits.max_pixels}") from error
     except UnidentifiedImageError as error:
         raise UnsupportedImageFormat(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
     except Exception as error:
         raise InvalidImage(f"image cannot be read: {error}") from error
+    for what, (width, height) in (("is", image.size), ("has tiles of", tile)):
+        if width * height > limits.max_pixels:
+            raise ImageTooLarge(f"image {what} {width}×{height} pixels, the limit is {limits.max_pixels}")
     num_pixels = image.width * image.height
-    if num_pixels > limits.max_pixels:
-        raise ImageTooLarge(f"image is {image.width}×{image.height} pixels, the limit is {limits.max_pixels}")
     if min_side is not None:
         try:
             _reduce(image, min_side)
         except Exception as error:
             raise InvalidImage(f"{image.format} image cannot be decoded: {error}") from error
-    return OpenedImage(image, _peak_bytes(image, num_pixels))
+    return OpenedImage(image, _peak_bytes(image, num_pixels, tile[0] * tile[1]))
 
 
-def _peak_bytes(image: Image.Image, num_pixels: int) -> int:
-    """`num_pixels` before a reduction."""
+def _peak_bytes(image: Image.Image, num_pixels: int, tile_pixels: int) -> int:
+    """`num_pixels` before a reduction; a tile is decoded whole, however little of it the picture shows."""
     each = _WEBP_PEAK_BYTES if image.format == "WEBP" else _PEAK_BYTES
-    scan_bytes = _JPEG_SCAN_BYTES * num_pixels if image.format == "JPEG" else 0
-    return each * image.width * image.height + scan_bytes
+    scan_bytes = _JPEG_SCAN_BYTES * num_pixels if image.format in ("JPEG", "MPO") else 0
+    return each * max(image.width * image.height, tile_pixels) + scan_bytes
+
+
+def _tile_size(image: TiffImagePlugin.TiffImageFile, data: bytes) -> tuple[int, int]:
+    """Width and height of a TIFF's tiles, 0 where it has none.
+
+    From the bytes, because libtiff takes entries that Pillow passes over.
+    """
+    order = "<" if data.startswith(b"II") else ">"
+    is_big = 43 in data[2:4]  # BigTIFF
+    count, entry, value_bytes = ("Q", "HHQ", 8) if is_big else ("H", "HHI", 4)
+    (num_entries,) = struct.unpack_from(order + count, data, image.tag_v2.offset)
+    start = image.tag_v2.offset + struct.calcsize(order + count)
+    step = struct.calcsize(order + entry) + value_bytes
+    sides = {_TILE_WIDTH: 0, _TILE_LENGTH: 0}
+    for at in range(start, min(start + step * num_entries, len(data) - step + 1), step):
+        tag, kind, num_values = struct.unpack_from(order + entry, data, at)
+        if tag not in sides:
+            continue
+        form = order + _TIFF_INTEGERS.get(kind, "")
+        if num_values != 1 or not 0 < struct.calcsize(form) <= value_bytes:
+            raise ValueError("its tiles are of no known size")
+        sides[tag] = max(sides[tag], *struct.unpack_from(form, data, at + step - value_bytes))
+    return sides[_TILE_WIDTH], sides[_TILE_LENGTH]
 
 
 def _reduce(image: Image.Image, min_side: int) -> None:

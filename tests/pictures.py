@@ -1,6 +1,8 @@
 """Small generated pictures: coloured noise that a random backbone can tell apart, in every format needed."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,31 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
     file = io.BytesIO()
     image.save(file, file_format, **options)
     return file.getvalue()
+
+
+def tiled_tiff(size: tuple[int, int], tile: tuple[int, int], kind: int = 4) -> bytes:
+    """A black TIFF of (width, height) pixels in one tile of any size, whose sides are of a TIFF type."""
+    packer = zlib.compressobj()
+    data = b"".join(packer.compress(bytes(tile[0])) for _ in range(tile[1])) + packer.flush()
+    start = 8 + 2 + 10 * 12 + 4
+    sides = tile if kind == 4 else (start + len(data), start + len(data) + 8)
+    directory = b"".join(
+        struct.pack("<HHII", *one)
+        for one in [
+            (256, 4, 1, size[0]),
+            (257, 4, 1, size[1]),
+            (258, 3, 1, 8),
+            (259, 3, 1, 8),  # Deflate
+            (262, 3, 1, 1),
+            (277, 3, 1, 1),
+            (322, kind, 1, sides[0]),
+            (323, kind, 1, sides[1]),
+            (324, 4, 1, start),
+            (325, 4, 1, len(data)),
+        ]
+    )
+    head = b"II*\x00" + struct.pack("<IH", 8, 10)
+    return head + directory + bytes(4) + data + struct.pack("<QQ", *tile)
 
 
 def write_classes(

@@ -13,7 +13,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from pictures import encoded, noise
+from pictures import encoded, noise, tiled_tiff
 from PIL import Image, ImageCms, ImageFilter, TiffImagePlugin
 
 from model_store.decoding import ImageLimits, decode_image
@@ -297,6 +297,18 @@ def test_resizing_takes_no_more_memory_than_the_header_promises(
 ) -> None:
     promised, taken = peak_bytes(encoded(patches("RGB", size)), side, decoding)
     assert 0.2 * promised < taken <= promised
+
+
+@pytest.mark.parametrize("options", [{}, {"save_all": True, "append_images": [noise()]}])
+def test_the_scans_of_a_reduced_jpeg_are_in_the_promise(options: dict[str, object]) -> None:
+    data = encoded(patches("RGB"), "MPO", progressive=True, subsampling=0, **options)  # of one picture: JPEG
+    promised, taken = peak_bytes(data, 224, 3)
+    assert 0.2 * promised < taken <= promised
+
+
+def test_a_tile_larger_than_its_picture_is_in_the_promise() -> None:
+    promised, taken = peak_bytes(tiled_tiff((16, 16), (4096, 4096)))
+    assert 4096 * 4096 < taken <= promised
 
 
 def peak_bytes(data: bytes, *given: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encoded, noise
+from pictures import encoded, noise, tiled_tiff
 from PIL import Image
 
 from model_store.decoding import FORMATS, ImageLimits, decode_image
@@ -83,6 +83,16 @@ REFUSED: dict[str, tuple[Callable[[], bytes], type[InvalidImage], str]] = {
         "cannot be read",
     ),
     "TIFF of 100,000 × 100,000 pixels": (lambda: tiff_claiming(100_000, 100_000), ImageTooLarge, "limit"),
+    "TIFF of 16 × 16 pixels in a tile of 8,001 × 8,000": (
+        lambda: tiled_tiff((16, 16), (8001, 8000)),
+        ImageTooLarge,
+        "has tiles of 8001×8000 pixels, the limit is 64000000",
+    ),
+    "TIFF with a tile whose sides Pillow cannot read": (
+        lambda: tiled_tiff((16, 16), (8001, 8000), kind=17),
+        InvalidImage,
+        "tiles are of no known size",
+    ),
     "BMP of 60,000 × 60,000 pixels": (
         lambda: b"BM" + struct.pack("<IHHIIiiHHIIIIII", 200, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0),
         ImageTooLarge,
