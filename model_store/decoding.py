@@ -73,7 +73,8 @@ class OpenedImage:
 
 
 def decode_image(data: bytes, limits: ImageLimits, min_side: int | None = None) -> Image.Image:
-    """An upright RGB picture; transparency is laid on white, of an animation the first frame is taken.
+    """An upright RGB picture; transparency is laid on white (16-bit greys have none), of an animation the
+    first frame is taken.
 
     With `min_side`, a JPEG comes reduced by 2, 4 or 8 from inside its decoder where its shorter side keeps
     at least so many pixels. Raises ImageTooLarge, UnsupportedImageFormat or InvalidImage.
