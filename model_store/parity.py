@@ -83,8 +83,11 @@ def class_mean_answers(cls_ND: Tensor, truth: Sequence[Answer]) -> Answering:
 
 
 def compare(cls_ND: Tensor, reference_ND: Tensor, answering: Answering, truth: Sequence[Answer]) -> Parity:
-    """The parity of a runtime's CLS vectors with the reference's of the same pictures."""
-    cosine_N = torch.cosine_similarity(cls_ND.double(), reference_ND.double(), dim=1)
+    """The parity of a runtime's CLS vectors with the reference's of the same pictures.
+
+    A vector that is no number is as far away as can be.
+    """
+    cosine_N = torch.cosine_similarity(cls_ND.double(), reference_ND.double(), dim=1).nan_to_num(-1.0)
     given, expected = answering(cls_ND), answering(reference_ND)
     num = len(truth)
     return Parity(

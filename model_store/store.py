@@ -22,6 +22,7 @@ A revision names all its tasks, or how they differ from those of an earlier one 
 import contextlib
 import getpass
 import hashlib
+import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -52,6 +53,7 @@ from model_store.revision import (
 from model_store.signatures import Signature
 from model_store.tuning import Tuning
 
+log = logging.getLogger("tosca.store")
 # Share of an epoch's first tasks that may change before the next revision is in no epoch.
 MAX_CHANGED_SHARE = 0.25
 _DIGITS = 12
@@ -134,14 +136,15 @@ class ModelStore:
         return number
 
     def tuning(self, fingerprint: str, hardware: str) -> Tuning | None:
-        """The newest tuning of a backbone on a kind of hardware."""
+        """The newest tuning of a backbone on a kind of hardware; unreadable ones are passed over."""
         folder = f"backbones/{fingerprint}/tunings"
         for number in range(max(self._numbers(folder), default=0), 0, -1):
             path = _numbered(folder, number)
             try:
                 tuning = Tuning.model_validate_json(self._files.get(path) or b"")
             except ValidationError as error:
-                raise CorruptStore(f"{path} is no tuning: {error}") from error
+                log.warning("%s is passed over, it is no tuning: %s", path, error)
+                continue
             if tuning.hardware == hardware:
                 return tuning
         return None

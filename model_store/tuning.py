@@ -17,7 +17,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Gate(_Record):
@@ -41,18 +41,18 @@ class Parity(_Record):
     reference_accuracy: Share
 
     def fault(self, gate: Gate) -> str | None:
-        """What the gate refuses, or None. A flip that one picture alone makes up is let pass."""
-        if self.mean_cosine < gate.min_mean_cosine:
+        """What the gate refuses, NaN too, or None. A flip that one picture alone makes up is let pass."""
+        if not self.mean_cosine >= gate.min_mean_cosine:
             return f"mean cosine {self.mean_cosine:.4f} is below {gate.min_mean_cosine:g}"
-        if self.min_cosine < gate.min_cosine:
+        if not self.min_cosine >= gate.min_cosine:
             return f"the worst cosine {self.min_cosine:.4f} is below {gate.min_cosine:g}"
         one = 1.0 / self.num_pictures
-        if self.task_flips > max(gate.max_task_flips, one):
+        if not self.task_flips <= max(gate.max_task_flips, one):
             return (
                 f"{self.task_flips:.2%} of the pictures get another task, more than {gate.max_task_flips:.2%}"
             )
         loss = self.reference_accuracy - self.accuracy
-        if loss > max(gate.max_accuracy_loss, one) + 1e-9:
+        if not loss <= max(gate.max_accuracy_loss, one) + 1e-9:
             return f"accuracy falls by {loss:.2%}, more than {gate.max_accuracy_loss:.2%}"
         return None
 

@@ -1,11 +1,13 @@
 """Choosing a runtime: by measurement, behind a gate, kept in the store and used by everybody."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from pictures import write_splits
+from pydantic import ValidationError
 
 from model_store import measuring
 from model_store.backbone import Backbone, BackboneArtefact
@@ -74,6 +76,13 @@ def measurement(name: str, speedup: float, refused: str | None = None) -> Measur
 def test_the_gate_refuses_what_answers_otherwise(changes: dict[str, float], fault: str | None) -> None:
     found = parity(**changes).fault(Gate())
     assert (found is None) if fault is None else (found or "").startswith(fault)
+
+
+@pytest.mark.parametrize("name", ["mean_cosine", "min_cosine", "task_flips", "accuracy"])
+def test_what_is_no_number_passes_no_gate_and_is_kept_in_no_record(name: str) -> None:
+    assert parity().model_copy(update={name: math.nan}).fault(Gate())
+    with pytest.raises(ValidationError, match=name):
+        parity(**{name: math.nan})
 
 
 def test_the_fastest_at_the_largest_batch_is_chosen_among_those_that_passed() -> None:
@@ -148,6 +157,16 @@ def test_parity_counts_flips_and_right_answers() -> None:
     assert (found.task_flips, found.label_flips) == (0.25, 0.5)
     assert (found.accuracy, found.reference_accuracy) == (0.5, 1.0)
     assert (found.mean_cosine, found.min_cosine) == (0.5, 0.0)
+
+
+def test_a_vector_that_is_no_number_fails_the_gate() -> None:
+    reference_ND = torch.eye(4)
+    truth = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "y")]
+    broken_ND = reference_ND.clone()
+    broken_ND[2, 0] = math.nan
+    found = compare(broken_ND, reference_ND, class_mean_answers(reference_ND, truth), truth)
+    assert found.min_cosine == -1.0
+    assert found.fault(Gate())
 
 
 def test_the_bank_answers_where_it_holds_the_tasks(
@@ -261,6 +280,20 @@ def test_the_newest_tuning_of_this_hardware_counts(tiny_store: ModelStore, tiny_
     assert found is not None and found.chosen == "torch-bfloat16"
     assert tiny_store.tuning(record.backbone_fingerprint, "nowhere") is None
     assert Tuning.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize("written", [b"", b"{}", b"\xff", b'{"created_at": null}'])
+def test_an_unreadable_tuning_stands_in_no_other_ones_way(
+    written: bytes, tiny_store: ModelStore, tiny_tuned: Tuned, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = tiny_tuned.tuning
+    fingerprint = record.backbone_fingerprint
+    tiny_store.put_tuning(record, None)
+    folder = Path(tiny_store.url) / "backbones" / fingerprint / "tunings"
+    (folder / "000000000002.json").write_bytes(written)
+    assert tiny_store.tuning(fingerprint, record.hardware) == record
+    assert "000000000002.json is passed over, it is no tuning" in caplog.text
+    assert tiny_store.put_tuning(record, None) == 3
 
 
 def test_a_tuning_leaves_the_backbone_as_it_was(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:
