@@ -226,23 +226,17 @@ class ModuleBank:
         if not self.modules:
             raise InvalidRequest("no task is registered yet: register a module file first")
         cls_BD = cls_BD.to(self.device, torch.float32)
-        threshold = None
+        threshold = None if coverage is None else self.coverage_threshold(coverage, selection, task)
         least_listed = MIN_ALTERNATIVE_PROBABILITY
         if task is not None:
             t = self._find(task)
             if every_label:
                 top_k, least_listed = len(self.modules[t].labels), 0.0
-            if coverage is not None:
-                threshold = coverage_threshold(self._known_vectors_of(t).true_probability_M, coverage)
             joint, log_task_BT = self._joint_within(t), self._certain_of(t, cls_BD)
             score_BK = self._weighing.scores_of([t], cls_BD)
         elif selection == "entropy":
-            if coverage is not None:
-                raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
             return self._answer_by_entropy(cls_BD, top_k, abstain_level, on_stage)
         else:
-            if coverage is not None:
-                threshold = coverage_threshold(self.true_probability_N, coverage)
             joint = self._joint
             score_BK, log_task_BT = self._weighing.weigh(cls_BD, threshold)
         on_stage("selected")
@@ -257,6 +251,16 @@ class ModuleBank:
             )
             for one, task_probability, p_value in zip(found, task_prob_B, p_values, strict=True)
         ]
+
+    def coverage_threshold(
+        self, coverage: float, selection: Selection = "lda", task: str | None = None
+    ) -> float:
+        """The least probability in a prediction set. Raises InvalidRequest and UnknownTask."""
+        if task is not None:
+            return coverage_threshold(self._known_vectors_of(self._find(task)).true_probability_M, coverage)
+        if selection == "entropy":
+            raise InvalidRequest("prediction sets are calibrated for selection 'lda', not for 'entropy'")
+        return coverage_threshold(self.true_probability_N, coverage)
 
     def closed_form_answer(self, cls_BD: Tensor) -> tuple[Tensor, Tensor]:
         """([B] task index, [B] class index within the task) by plain LDA: the baseline modules must beat."""

@@ -22,6 +22,7 @@ from model_store.replay import differences, read_given
 from model_store.replay import replay as answer_again
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
+from service.settings import DEFAULT_ABSTAIN_LEVEL
 
 
 def replay(
@@ -31,6 +32,13 @@ def replay(
     task: Annotated[str | None, typer.Option(help="The task that was asked for, if one was.")] = None,
     selection: Annotated[str, typer.Option(help=f"As asked for: {', '.join(SELECTIONS)}.")] = "lda",
     top_k: Annotated[int, typer.Option(min=1, help="How many (task, label) pairs to list.")] = 5,
+    coverage: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="As asked for; without it a prediction set may end anywhere."),
+    ] = None,
+    abstain_level: Annotated[
+        float, typer.Option(envvar="TOSCA_ABSTAIN_LEVEL", min=0.0, max=1.0, help="The server's.")
+    ] = DEFAULT_ABSTAIN_LEVEL,
     device: DeviceOption = "auto",
     runtime: RuntimeOption = "auto",
     store: StoreOption = DEFAULT_STORE,
@@ -42,17 +50,23 @@ def replay(
     """
     text = sys.stdin.read() if receipt == "-" else read_file(Path(receipt)).decode(errors="replace")
     given = read_given(text, index)
-    answer = answer_again(
+    listed = [top_k]
+    if given.answer is not None:
+        listed += [len(given.answer.alternatives) + 1, len(given.answer.prediction_set or ()) + 1]
+    replayed = answer_again(
         ModelStore(store),
         given.receipt,
         read_file(picture),
         selection=choose(selection, SELECTIONS, "--selection"),
         task=task,
-        top_k=max(top_k, len(given.answer.alternatives) + 1) if given.answer else top_k,
+        top_k=max(listed),
+        coverage=coverage,
+        abstain_level=abstain_level,
         device=device,
         runtime=runtime,
     )
-    found = differences(given.answer, answer) if given.answer else []
+    answer = replayed.answer
+    found = differences(given.answer, replayed) if given.answer else []
     if json:
         matches = not found if given.answer else None
         print_json({"matches": matches, "differences": found, "answer": asdict(answer)})

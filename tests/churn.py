@@ -15,8 +15,9 @@ from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
 from model_store.preprocess import load_pixels
 from model_store.publishing import Publisher
-from model_store.replay import GivenAnswer, differences
+from model_store.replay import GivenAnswer, Replayed, differences
 from model_store.store import ModelStore
+from service.settings import DEFAULT_ABSTAIN_LEVEL
 
 
 @dataclass
@@ -143,8 +144,10 @@ def find_mismatches(
             bank_of_set[tasks] = Publisher(store, revision=revision).active.bank
         bank = bank_of_set[tasks]
         ordered = sorted({index for index, _ in asked})
-        offline = bank.answer(torch.cat([cls[i] for i in ordered]), top_k=2)
-        expected = dict(zip(ordered, offline, strict=True))
+        question = {"top_k": 2, "abstain_level": DEFAULT_ABSTAIN_LEVEL}
+        offline = bank.answer(torch.cat([cls[i] for i in ordered]), **question)
+        replayed = (Replayed.of(one, bank, **question) for one in offline)
+        expected = dict(zip(ordered, replayed, strict=True))
         for index, given in asked:
             found = differences(given, expected[index])
             mismatches += [f"picture {index}, revision {revision}: {one}" for one in found]

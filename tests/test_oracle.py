@@ -17,10 +17,10 @@ from model_store.backbone import Backbone, BackboneArtefact
 from model_store.bank import ModuleBank
 from model_store.preprocess import ImageLimits, load_pixels
 from model_store.publishing import Publisher
-from model_store.replay import GivenAnswer, differences
+from model_store.replay import GivenAnswer, Replayed, differences
 from model_store.store import ModelStore, with_task, without_task
 from service.app import create_app
-from service.settings import Settings
+from service.settings import DEFAULT_ABSTAIN_LEVEL, Settings
 
 TASKS = ("birds", "cars", "planes")
 VERSIONS = (0, 1)
@@ -117,7 +117,9 @@ class Churn(RuleBasedStateMachine):
         revision = given.receipt.revision
         if revision not in self.banks:
             self.banks[revision] = Publisher(ModelStore(self.store.url), revision=revision).active.bank
-        offline = self.banks[revision].answer(self.cls[index], top_k=top_k)[0]
+        asked = {"top_k": top_k, "abstain_level": DEFAULT_ABSTAIN_LEVEL}
+        bank = self.banks[revision]
+        offline = Replayed.of(bank.answer(self.cls[index], **asked)[0], bank, **asked)
         assert differences(given, offline) == []
         assert given.receipt.module_sha256 == self.sets[revision][given.task]
         self._check_same_as_before(index, top_k, given)
