@@ -11,13 +11,14 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from model_store.errors import CorruptStore, InvalidBackbone
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.loading import load_export
 from model_store.runtimes.runtime import Runtime, default_runtime, runtime_kind
-from model_store.runtimes.torch_runtime import load_torch
+from model_store.runtimes.torch_runtime import Embedding, TorchRuntime, load_torch
 from model_store.timm_import import load_timm
 
 
@@ -62,7 +63,7 @@ class BackboneArtefact:
         model = build_model(self.manifest.architecture, (preprocessing.height, preprocessing.width))
         try:
             model.load_state_dict(safetensors.torch.load(self.weights))
-        except RuntimeError as error:
+        except (RuntimeError, SafetensorError) as error:
             raise CorruptStore(
                 f"backbone weights do not fit {self.manifest.architecture!r}: {error}"
             ) from error
@@ -93,6 +94,26 @@ def build_model(architecture: str, image_size: tuple[int, int] | None = None, **
     if getattr(model, "cls_token", None) is None or getattr(model, "num_prefix_tokens", 0) < 1:
         raise InvalidBackbone(f"{architecture!r} has no CLS token to put a module on")
     return model.eval().requires_grad_(False)
+
+
+def check_pass(model: nn.Module, manifest: BackboneManifest) -> None:
+    """Let a model embed a black picture. Raises InvalidBackbone unless that gives what the manifest says."""
+    preprocessing = manifest.preprocessing
+    size = preprocessing.height, preprocessing.width
+    runtime = TorchRuntime(Embedding(model, preprocessing), torch.device("cpu"))
+    try:
+        cls_BD = runtime.embed(torch.zeros(1, 3, *size, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InvalidBackbone(
+            f"{manifest.architecture!r} cannot embed pictures of {size[0]}×{size[1]} pixels: {error}"
+        ) from error
+    if cls_BD.shape[1] != manifest.feature_dim:
+        raise InvalidBackbone(
+            f"{manifest.architecture!r} gives vectors of {cls_BD.shape[1]} numbers, the manifest says "
+            f"{manifest.feature_dim}"
+        )
+    if not cls_BD.isfinite().all():
+        raise InvalidBackbone(f"{manifest.architecture!r} makes of a black picture what is no number")
 
 
 class Backbone:

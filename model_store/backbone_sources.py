@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from model_store.backbone import BackboneArtefact, BackboneManifest, build_model
+from model_store.backbone import BackboneArtefact, BackboneManifest, build_model, check_pass
 from model_store.errors import InvalidBackbone
 from model_store.preprocess import Preprocessing
 from model_store.timm_import import load_timm
@@ -43,7 +43,7 @@ def from_timm(
     seed: int = 0,
 ) -> BackboneArtefact:
     """A timm model with its pretrained weights (from timm's hub), or random ones for tests."""
-    size = (image_size, image_size) if image_size else None
+    size = None if image_size is None else (image_size, image_size)
     if not pretrained:
         torch.manual_seed(seed)  # timm draws random weights from the global generator only
         model = build_model(architecture, size)
@@ -64,7 +64,7 @@ def from_checkpoint(architecture: str, path: Path, *, image_size: int | None = N
     """A timm model with the weights of a local .safetensors or .pth file; no pickled code is run."""
     if not path.is_file():
         raise InvalidBackbone(f"checkpoint {path} is not a file")
-    size = (image_size, image_size) if image_size else None
+    size = None if image_size is None else (image_size, image_size)
     native = build_model(architecture, size)  # the name and the CLS token are judged before the weights
     try:
         state = load_timm().models.load_state_dict(str(path), weights_only=True)
@@ -188,6 +188,7 @@ def _package(
         weights_sha256=hashlib.sha256(weights).hexdigest(),
         source=source,
     )
+    check_pass(model, manifest)
     return BackboneArtefact(manifest, weights)
 
 

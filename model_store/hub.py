@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from model_store.backbone import BackboneArtefact, BackboneManifest
+from model_store.backbone import BackboneArtefact, BackboneManifest, check_pass
 from model_store.errors import CorruptStore, HubUnavailable, InvalidBackbone, InvalidModule
 from model_store.manifest import TASK_NAME
 from model_store.model_card import write_card
@@ -103,7 +103,7 @@ class HubRepository:
         return PulledModule(task, data, signatures)
 
     def backbone(self) -> BackboneArtefact:
-        """Download the backbone and check that its weights are those of its manifest, and fit its model.
+        """Download the backbone and check that its weights are those of its manifest, and embed a picture.
 
         Raises InvalidBackbone.
         """
@@ -116,8 +116,8 @@ class HubRepository:
             weights = self._download(BACKBONE_WEIGHTS, self._limits.backbone).read_bytes()
             artefact = BackboneArtefact(manifest, weights)
             artefact.verify()
-            artefact.model()
-        except (ValidationError, CorruptStore) as error:
+            check_pass(artefact.model(), manifest)
+        except (ValidationError, CorruptStore, InvalidBackbone) as error:
             raise InvalidBackbone(f"the backbone of repository {self.name} is unusable: {error}") from error
         return artefact
 
@@ -142,7 +142,7 @@ class HubRepository:
             self._api.create_repo(self.name, private=private, exist_ok=True)
         self._files = None
         files: dict[str, bytes] = {}
-        read = {task: self._read_present(task) for task in self.tasks()}
+        read: dict[str, ModuleFile] = {}
         for data, signatures in modules:
             file = read_module(data)
             name = f"{file.manifest.task}{SUFFIX}"
@@ -150,6 +150,7 @@ class HubRepository:
             files[name] = data
             for i, one in enumerate(signatures):  # several may name one key
                 files[f"{name}.{i}.{one.key_id}.sig"] = one.model_dump_json().encode() + b"\n"
+        read |= {task: self._read_present(task) for task in self.tasks() if task not in read}
         if weights is not None:
             files[BACKBONE_MANIFEST] = backbone.model_dump_json(indent=2).encode()
             files[BACKBONE_WEIGHTS] = weights

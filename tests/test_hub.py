@@ -129,6 +129,17 @@ def test_a_file_that_is_not_what_the_hub_says_is_refused_and_not_kept(
     assert repository(hub).module("birds").data == make_module("birds")
 
 
+def test_a_damaged_file_in_the_repository_can_be_replaced(
+    hub: Hub, tiny_artefact: BackboneArtefact, make_module: MakeModule
+) -> None:
+    hub.repositories[NAME] = held = Repository(private=False)
+    held.commit({"birds.safetensors": b"damaged"})
+    with pytest.raises(HubUnavailable, match=r"birds\.safetensors .* cannot be read"):
+        push(hub, tiny_artefact, make_module("ants", seed=1))
+    push(hub, tiny_artefact, make_module("birds"))
+    assert repository(hub).module("birds").data == make_module("birds")
+
+
 def test_what_is_too_large_is_not_downloaded(
     hub: Hub, tiny_artefact: BackboneArtefact, make_module: MakeModule
 ) -> None:
@@ -166,10 +177,18 @@ def test_a_backbone_that_does_not_hold_together_is_refused(
     hub.repositories[NAME] = held = Repository(private=False)
     good = tiny_artefact.manifest
     other = good.model_copy(update={"architecture": "vit_small_patch16_224"})
+    noise = b"no safetensors"
+    of_noise = good.model_copy(update={"weights_sha256": hashlib.sha256(noise).hexdigest()})
+    wider = good.model_copy(update={"feature_dim": 512})
+    preprocessing = good.preprocessing.model_copy(update={"std": (0.0, 0.0, 0.0)})
+    flat = good.model_copy(update={"preprocessing": preprocessing})
     bad = (
         (b"{}", tiny_artefact.weights, "Field required"),
         (good.model_dump_json().encode(), b"other weights", "backbone weights have SHA-256"),
         (other.model_dump_json().encode(), tiny_artefact.weights, "do not fit 'vit_small_patch16_224'"),
+        (of_noise.model_dump_json().encode(), noise, "do not fit 'vit_tiny_patch16_224'"),
+        (wider.model_dump_json().encode(), tiny_artefact.weights, "vectors of 192 numbers, .* says 512"),
+        (flat.model_dump_json().encode(), tiny_artefact.weights, "what is no number"),
     )
     for manifest, weights, fault in bad:
         held.commit({"backbone/manifest.json": manifest, "backbone/weights.safetensors": weights})

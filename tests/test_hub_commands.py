@@ -199,6 +199,23 @@ def test_a_required_signature_is_required_of_a_hub_too(
     assert kept == [signed_by(trusted, make_module("birds"))], "so that a server with the same list loads it"
 
 
+def test_a_false_signature_beside_a_true_one_does_no_harm(
+    hub: Hub, tosca: Run, fresh: ModelStore, make_module: MakeModule, tmp_path: Path
+) -> None:
+    key = read_private_key(make_private_key())
+    birds = make_module("birds")
+    true = signed_by(key, birds)
+    false = true.model_copy(update={"signature": signed_by(key, b"other").signature})
+    hub.repositories["me/all"] = held = Repository(private=False)
+    names = ("birds.safetensors.0.sig", "birds.safetensors.1.sig")
+    beside = {name: one.model_dump_json().encode() for name, one in zip(names, (false, true), strict=True)}
+    held.commit({"birds.safetensors": birds} | beside)
+    signers = signers_file(tmp_path / "signers.json", key)
+    demanding = ("--trusted-signers", signers, "--require-signature", "--store", fresh.url)
+    assert tosca("pull", "me/all", *demanding).exit_code == 0
+    assert fresh.signatures(fresh.require_head().tasks["birds"]) == [true]
+
+
 def test_signatures_cannot_be_required_of_nobody(hub: Hub, tosca: Run, fresh: ModelStore) -> None:
     hub.repositories["me/all"] = Repository(private=False)
     hub.repositories["me/all"].commit({"birds.safetensors": b""})
