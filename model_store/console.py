@@ -2,18 +2,21 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from model_store.revision import Reason
 from model_store.runtimes.runtime import RUNTIMES
 
 Choice = TypeVar("Choice", bound=str)
+Model = TypeVar("Model", bound=BaseModel)
 DEFAULT_STORE = ".tosca/store"
 
 StoreOption = Annotated[
@@ -30,6 +33,29 @@ RuntimeOption = Annotated[
         envvar="TOSCA_RUNTIME",
         help=f"auto (the one that `tosca backbone tune` chose), {', '.join(RUNTIMES)}.",
     ),
+]
+
+
+def checked(kind: Any) -> Callable[[str], str]:
+    """The callback of an option whose value must be of a pydantic type; another one is a usage error."""
+    adapter = TypeAdapter(kind)
+
+    def check(value: str) -> str:
+        try:
+            found: str = adapter.validate_python(value)
+        except ValidationError as error:
+            raise typer.BadParameter(_first_fault(error)) from error
+        return found
+
+    return check
+
+
+def _first_fault(error: ValidationError) -> str:
+    return error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+
+
+ReasonOption = Annotated[
+    str, typer.Option("--reason", callback=checked(Reason), help="Kept in the revision.")
 ]
 
 # No markup: task names, labels, reasons and paths are printed as they are, brackets and all. Soft wrap: a
@@ -114,6 +140,16 @@ def choose(value: str, allowed: tuple[Choice, ...], option: str) -> Choice:
         if one == value:
             return one
     raise typer.BadParameter(f"{value!r}: expected one of {', '.join(allowed)}", param_hint=option)
+
+
+def read_settings(kind: type[Model], given: Mapping[str, Any]) -> Model:
+    """Settings as the options that were given and the TOSCA_* variables have them; a wrong one is a usage
+    error."""
+    try:
+        return kind(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        name = "_".join(str(one) for one in error.errors(include_url=False)[0]["loc"])
+        raise typer.BadParameter(f"{name} [TOSCA_{name.upper()}]: {_first_fault(error)}") from error
 
 
 def read_file(path: Path) -> bytes:

@@ -143,8 +143,7 @@ class ObjectFiles:
         try:
             yield
         except (BaseError, OSError) as error:
-            message = str(error).splitlines()[0]
-            raise StoreUnavailable(f"store {self._url} does not answer: {message}") from error
+            raise StoreUnavailable(f"store {self._url} does not answer: {_first_line(error)}") from error
 
 
 def folder_of(url: str) -> Path | None:
@@ -160,11 +159,16 @@ def _open(url: str) -> ObjectStore:
         try:
             return LocalStore(path, mkdir=True)
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"store folder {path} cannot be opened: {error}") from error
+            raise StoreUnavailable(f"store folder {path} cannot be opened: {_first_line(error)}") from error
     try:
         return from_url(url)
     except (BaseError, ValueError) as error:
-        raise StoreUnavailable(f"store {url} cannot be opened: {error}") from error
+        raise StoreUnavailable(f"store {url} cannot be opened: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What obstore says to people; a dump for its authors may follow."""
+    return str(error).partition("\n")[0]
 
 
 def _sync(root: Path, path: Path) -> None:

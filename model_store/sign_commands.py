@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from model_store.console import out, print_json, read_file
+from model_store.console import checked, out, print_json, read_file
 from model_store.errors import InvalidTrust
+from model_store.manifest import TaskName
 from model_store.signatures import (
     Signature,
     Signer,
@@ -26,7 +27,9 @@ def sign(
     module: Annotated[Path, typer.Argument(help="A module file, *.safetensors.")],
     key: Annotated[Path, typer.Option(help="Private key, PEM; see --new-key.")],
     new_key: Annotated[bool, typer.Option("--new-key", help="Make the private key first.")] = False,
-    name: Annotated[str, typer.Option(help="The signer's name in what --new-key prints.")] = "signer",
+    name: Annotated[
+        str, typer.Option(callback=checked(TaskName), help="The signer's name in what --new-key prints.")
+    ] = "signer",
 ) -> None:
     """Sign a module file with an ed25519 key. The signature is written beside it, as MODULE.sig.
 
@@ -41,7 +44,10 @@ def sign(
     private = read_private_key(read_file(key))
     signature = sign_digest(hashlib.sha256(data).hexdigest(), private)
     beside = signature_path(module)
-    beside.write_text(signature.model_dump_json() + "\n")
+    try:
+        beside.write_text(signature.model_dump_json() + "\n")
+    except OSError as error:
+        raise InvalidTrust(f"{beside}: {error.strerror}") from error
     if new_key:
         entry = Signer(name=name, public_key=public_text(private.public_key()))
         print_json(SignerList(signers=(entry,)).model_dump())
@@ -61,7 +67,7 @@ def read_signature(module: Path) -> Signature | None:
         return None
     try:
         return Signature.model_validate_json(beside.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InvalidTrust(f"{beside} is no signature: {str(error)[:200]}") from error
 
 

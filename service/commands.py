@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from model_store.backbone import resolve_device
 from model_store.console import (
     DEFAULT_STORE,
     DeviceOption,
@@ -17,9 +18,11 @@ from model_store.console import (
     print_json,
     print_table,
     read_file,
+    read_settings,
 )
 from model_store.errors import InvalidImage
 from model_store.offline import OfflinePredictor
+from model_store.runtimes.runtime import RUNTIMES
 from model_store.selection import SELECTIONS
 from model_store.store import ModelStore
 from service.bulk_command import predict_in_bulk
@@ -59,8 +62,10 @@ def serve(
     from service.server import serve as run
 
     given = {"store": store, "host": host, "port": port, "device": device, "runtime": runtime}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    ModelStore(settings.store).require_head()  # a clear error before a server log
+    settings = read_settings(Settings, given)
+    choose(settings.runtime, ("auto", *RUNTIMES), "--runtime")
+    resolve_device(settings.device)  # raises InvalidBackbone: a clear error before a server log
+    ModelStore(settings.store).require_head()
     run(settings)
 
 
@@ -139,17 +144,19 @@ def predict(
                 answers.append(asdict(one))
     else:
         predictor = OfflinePredictor(ModelStore(store), device=device, runtime=runtime)
-        answers = [
-            asdict(one)
-            for one in predictor.answer(
-                data,
-                selection=chosen,
-                task=task,
-                top_k=top_k,
-                coverage=coverage,
-                abstain_level=abstain_level,
-            )
-        ]
+        answered = predictor.answer_each(
+            data,
+            selection=chosen,
+            task=task,
+            top_k=top_k,
+            coverage=coverage,
+            abstain_level=abstain_level,
+        )
+        answers = []
+        for path, answer in zip(pictures, answered, strict=True):
+            if isinstance(answer, InvalidImage):
+                raise InvalidImage(f"{path}: {answer}") from answer
+            answers.append(asdict(answer))
     if json:
         print_json([{"picture": str(path)} | one for path, one in zip(pictures, answers, strict=True)])
         return

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from model_store.console import JsonOption, out, print_json
+from model_store.console import JsonOption, out, print_json, read_settings
 from model_store.store import ModelStore
 from service.errors import InvalidSettings
 from service.settings import Settings
@@ -183,7 +183,7 @@ def _read(given: dict[str, Any], deployment: dict[str, Any]) -> tuple[Settings, 
         raise InvalidSettings(_NEEDS_EXTRA)
     from service.ray_serving import Arguments
 
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    settings = read_settings(Settings, given)
     carried = settings.model_dump(mode="json", exclude_unset=True) | {
         "store": settings.store if "://" in settings.store else str(Path(settings.store).absolute()),
         "host": settings.host,

@@ -8,6 +8,7 @@ import typer
 
 from model_store.console import (
     JsonOption,
+    ReasonOption,
     out,
     print_impact,
     print_json,
@@ -31,7 +32,6 @@ KeyOption: TypeAlias = Annotated[
     str | None,
     typer.Option("--key", envvar="TOSCA_API_KEY", help="API key for the server; better as variable."),
 ]
-ReasonOption: TypeAlias = Annotated[str, typer.Option("--reason", help="Kept in the revision.")]
 WaitOption: TypeAlias = Annotated[
     bool,
     typer.Option("--wait", help="Until every live replica serves the change; status 1 where some do not."),

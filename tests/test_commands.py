@@ -159,6 +159,10 @@ BACKBONE_FAULTS = {
     "unknown name": (("vit_nonsense", "--random-weights"), "timm knows no model named 'vit_nonsense'"),
     "missing checkpoint": ((TINY, "--checkpoint", "nowhere.pth"), "nowhere.pth is not a file"),
     "options without a name": (("--random-weights",), "name the timm architecture"),
+    "pictures smaller than a patch": (
+        (TINY, "--random-weights", "--image-size", 8),
+        "'vit_tiny_patch16_224' cannot embed pictures of 8×8 pixels",
+    ),
 }
 
 
@@ -482,6 +486,8 @@ def test_a_task_is_removed_and_brought_back(trained: Tosca) -> None:
         (("revisions", "rollback", "99"), "has no revision 99"),
         (("tasks", "list", "--store", "fresh"), "has no backbone yet"),
         (("tasks", "list", "--store", "nonsense://x"), "store nonsense://x cannot be opened"),
+        (("tasks", "list", "--store", "az://x"), "store az://x cannot be opened"),
+        (("serve", "--device", "gpu7"), "unknown device 'gpu7'"),
     ],
 )
 def test_unknown_things_are_named(arguments: tuple[str, ...], fault: str, trained: Tosca) -> None:
@@ -548,6 +554,7 @@ def test_predicting_offline_answers_every_picture(trained: Tosca, tmp_path: Path
 
 PREDICT_FAULTS = {
     "not a picture": (("notes.txt",), "not a picture in one of the formats"),
+    "one that is no picture": (("colours/test/red/000.png", "notes.txt"), "notes.txt: not a picture"),
     "an unknown task": (("colours/test/red/000.png", "--task", "zebras"), "task 'zebras' is not active"),
     "a server that is not there": (
         ("colours/test/red/000.png", "--server", "http://127.0.0.1:9"),
@@ -603,10 +610,32 @@ def test_evaluating_names_what_is_wrong(trained: Tosca) -> None:
         (("publish", "nowhere.safetensors"), "nowhere.safetensors: No such file"),
         (("revisions", "rollback", "two"), "Invalid value for 'number'"),
         (("revisions", "list", "--limit", "0"), "Invalid value for '--limit'"),
+        (("tasks", "remove", "colours", "--reason", "x" * 1001), "at most 1000 characters"),
+        (("revisions", "rollback", "2", "--reason", "x" * 1001), "at most 1000 characters"),
+        (("revisions", "begin-epoch", "--reason", "x" * 1001), "at most 1000 characters"),
+        (("publish", "x.safetensors", "--reason", "x" * 1001), "at most 1000 characters"),
+        (("publish", "x.safetensors", "--margin", "nan"), "Invalid value for '--margin'"),
+        (("backbone", "add", "--wheel", "nowhere.whl"), "Invalid value for '--wheel'"),
+        (("backbone", "add", "--wheel", "."), "Invalid value for '--wheel'"),
+        (
+            ("backbone", "add", TINY, "--random-weights", "--image-size", "0"),
+            "Invalid value for '--image-size'",
+        ),
+        (
+            ("backbone", "add", TINY, "--random-weights", "--image-size", "5000"),
+            "Invalid value for '--image-size'",
+        ),
+        (("serve", "--port", "999999"), "port [TOSCA_PORT]: Input should be less than or equal to 65535"),
+        (("serve", "--runtime", "magic"), "'magic': expected one of auto, torch-float32"),
     ],
 )
 def test_wrong_options_say_what_was_expected(arguments: tuple[str, ...], fault: str, trained: Tosca) -> None:
     assert_usage(trained(*arguments), fault)
+
+
+def test_a_variable_that_cannot_be_read_is_named(trained: Tosca, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOSCA_PORT", "abc")
+    assert_usage(trained("serve"), "port [TOSCA_PORT]: Input should be a valid integer")
 
 
 def test_help_names_every_command(tosca: Tosca) -> None:

@@ -178,6 +178,8 @@ def test_a_fault_in_a_pipe_is_one_plain_line_on_standard_error(tosca: Tosca, tmp
     fault = tosca("tasks", "list", "--store", str(tmp_path / ("long" * 40)))
     assert fault.out == "" and fault.err.startswith("error: store")
     assert fault.err.count("\n") == 1 and "\x1b" not in fault.err
+    for url in ("foo://bar", "s3://", "az://x"):
+        assert tosca("tasks", "list", "--store", url).err.count("\n") == 1
 
 
 def test_a_reader_that_leaves_early_is_no_fault(store: ModelStore) -> None:

@@ -91,3 +91,23 @@ def test_a_damaged_signature_file_is_a_fault_and_a_missing_one_is_none(tmp_path:
     (tmp_path / "m.safetensors.sig").write_text("{")
     with pytest.raises(InvalidTrust, match=r"m\.safetensors\.sig"):
         read_signature(module)
+
+
+def test_a_name_that_no_list_would_take_is_refused_before_anything_is_written(
+    signing: typer.Typer, tmp_path: Path
+) -> None:
+    module, key = tmp_path / "m.safetensors", tmp_path / "ci.pem"
+    module.write_bytes(b"x")
+    code, _ = run(signing, module, "--key", key, "--new-key", "--name", "my team")
+    assert code == 2
+    assert list(tmp_path.iterdir()) == [module]
+
+
+def test_a_signature_file_that_cannot_be_opened_is_a_fault(signing: typer.Typer, tmp_path: Path) -> None:
+    module, key = tmp_path / "m.safetensors", tmp_path / "ci.pem"
+    module.write_bytes(b"x")
+    (tmp_path / "m.safetensors.sig").mkdir()
+    with pytest.raises(InvalidTrust, match=r"m\.safetensors\.sig: Is a directory"):
+        CliRunner().invoke(signing, [str(module), "--key", str(key), "--new-key"], catch_exceptions=False)
+    with pytest.raises(InvalidTrust, match=r"m\.safetensors\.sig"):
+        read_signature(module)
