@@ -288,6 +288,13 @@ def test_pictures_are_taken_only_as_they_are_needed() -> None:
         Server().ask(lambda client: client.predict_many([b"picture"], batch_size=0))
 
 
+@pytest.mark.parametrize("ask", ["ask", "ask_async"])
+@pytest.mark.parametrize("name", ["predict_many", "predict_each"])
+def test_no_requests_under_way_answer_nothing(ask: str, name: str) -> None:
+    with pytest.raises(ValueError, match="0"):
+        getattr(Server(), ask)(lambda client: getattr(client, name)([b"picture"], concurrency=0))
+
+
 # -- revisions ---------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,8 @@ class AsyncClient:
         concurrency: int,
         progress: bool,
     ) -> list[Result]:
+        if concurrency < 1:
+            raise ValueError(f"concurrency is {concurrency}, at least 1 is needed")
         batches = enumerate(in_batches(pictures, batch_size))
         answered: dict[int, list[Result]] = {}
         with counting(pictures, progress=progress) as count:
