@@ -21,7 +21,7 @@ from service.admission import DrainRate
 from service.cls_cache import ClsCache
 from service.decode_pool import DecodePool
 from service.errors import DeadlineExceeded, EngineStopped, InvalidSettings, Overloaded, ShuttingDown
-from service.feedback import RecentAnswers
+from service.feedback import GivenAnswer, RecentAnswers
 from service.inference import Inference
 from service.pixel_budget import PixelBudget
 from service.questions import Question, TimedAnswer
@@ -160,13 +160,21 @@ class Engine:
                 entry.drop()
 
     def _record(self, answers: Sequence[TimedAnswer], bank: ModuleBank) -> None:
-        context = current_request.get()
-        for i, one in enumerate(answers):
+        for one in answers:
             self.telemetry.tell_picture(one.timings, one.answer.num_modules_evaluated)
             self.traffic.record(bank, one.answer, is_new=not one.timings.is_known)
-            if context is not None:
-                sha256 = bank.module(one.answer.task).sha256
-                self.recent.remember(context.request_id, i, one.answer, sha256)
+        context = current_request.get()
+        if context is not None:
+            given = [
+                GivenAnswer(
+                    one.answer.task,
+                    one.answer.label,
+                    one.answer.confidence,
+                    bank.module(one.answer.task).sha256,
+                )
+                for one in answers
+            ]
+            self.recent.remember(context.request_id, given)
 
     def _budget_beside_queue(self) -> PixelBudget:
         """What `max_decoded_bytes` leaves for decoding when as many decoded pictures as may are waiting, and

@@ -1,10 +1,10 @@
 """Answers whose true label may still come back: the last ones, without their pictures."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from model_store.answers import Answer
 from model_store.bank import ModuleBank
 from model_store.errors import Conflict
 from service.errors import UnknownAnswer
@@ -31,22 +31,28 @@ class GivenAnswer:
 class RecentAnswers:
     """The last answers by the id of their request and the place of their picture in it.
 
-    Ids may come from clients: one that comes again replaces the answer that had it.
+    Ids may come from clients: one that comes again replaces all answers that had it.
     """
 
     def __init__(self, max_answers: int) -> None:
         self._max_answers = max_answers
-        self._answers: OrderedDict[tuple[str, int], GivenAnswer] = OrderedDict()
+        self._num_answers = 0
+        self._of_request: OrderedDict[str, dict[int, GivenAnswer]] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._answers)
+        return self._num_answers
 
-    def remember(self, request_id: str, index: int, answer: Answer, module_sha256: str) -> None:
-        key = request_id, index
-        self._answers.pop(key, None)
-        self._answers[key] = GivenAnswer(answer.task, answer.label, answer.confidence, module_sha256)
-        if len(self._answers) > self._max_answers:
-            self._answers.popitem(last=False)
+    def remember(self, request_id: str, answers: Sequence[GivenAnswer]) -> None:
+        """The answers of a whole request, in order."""
+        self._num_answers += len(answers) - len(self._of_request.pop(request_id, ()))
+        if answers:
+            self._of_request[request_id] = dict(enumerate(answers))
+        while self._num_answers > self._max_answers:
+            oldest, left = next(iter(self._of_request.items()))
+            del left[min(left)]
+            self._num_answers -= 1
+            if not left:
+                del self._of_request[oldest]
 
     def label(self, request_id: str, index: int, truth: Truth) -> tuple[GivenAnswer, bool]:
         """The answer that `truth` is about, and whether this is the first time that it is told.
@@ -54,7 +60,7 @@ class RecentAnswers:
         Raises UnknownAnswer for an answer that was never given here or so long ago that it is forgotten, and
         Conflict when another truth was told before.
         """
-        given = self._answers.get((request_id, index))
+        given = self._of_request.get(request_id, {}).get(index)
         if given is None:
             raise UnknownAnswer(
                 f"picture {index} of request {request_id!r} is not among the last {self._max_answers} that "

@@ -7,27 +7,26 @@ import pytest
 from pictures import encoded, noise
 from starlette.testclient import TestClient
 
-from model_store.answers import Answer, Receipt
 from model_store.backbone import Backbone
 from model_store.errors import Conflict
 from model_store.store import ModelStore
 from service.app import create_app
 from service.errors import UnknownAnswer
-from service.feedback import RecentAnswers, Truth
+from service.feedback import GivenAnswer, RecentAnswers, Truth
 from service.settings import Settings
 
 MakeModule = Callable[..., bytes]
 SPARROW, WREN = Truth(None, "sparrow"), Truth(None, "wren")
 
 
-def answer(label: str) -> Answer:
-    return Answer("birds", label, 0.9, 1.0, (), 0.5, False, None, Receipt(1, "0" * 64, "0" * 64), 1)
+def answer(label: str) -> GivenAnswer:
+    return GivenAnswer("birds", label, 0.9, "0" * 64)
 
 
 def test_the_oldest_answers_are_forgotten() -> None:
     recent = RecentAnswers(2)
     for request_id in ("a", "b", "c"):
-        recent.remember(request_id, 0, answer(request_id), "0" * 64)
+        recent.remember(request_id, [answer(request_id)])
     assert len(recent) == 2
     with pytest.raises(UnknownAnswer, match="last 2"):
         recent.label("a", 0, SPARROW)
@@ -37,15 +36,31 @@ def test_the_oldest_answers_are_forgotten() -> None:
 def test_an_id_that_comes_again_stands_for_its_last_answer_and_is_young_again() -> None:
     recent = RecentAnswers(2)
     for request_id, label in (("a", "sparrow"), ("b", "x"), ("a", "wren"), ("c", "x")):
-        recent.remember(request_id, 0, answer(label), "0" * 64)
+        recent.remember(request_id, [answer(label)])
     assert recent.label("a", 0, SPARROW)[0].label == "wren"
     with pytest.raises(UnknownAnswer):
         recent.label("b", 0, SPARROW)
 
 
+def test_an_id_that_comes_again_with_fewer_pictures_leaves_none_of_the_others() -> None:
+    recent = RecentAnswers(4)
+    recent.remember("a", [answer(label) for label in "uvw"])
+    recent.remember("b", [answer(label) for label in "xy"])
+    with pytest.raises(UnknownAnswer):
+        recent.label("a", 0, SPARROW)
+    recent.remember("a", [answer("z")])
+    assert len(recent) == 3
+    assert recent.label("a", 0, SPARROW)[0].label == "z"
+    for index in (1, 2):
+        with pytest.raises(UnknownAnswer):
+            recent.label("a", index, SPARROW)
+    recent.remember("b", [])
+    assert len(recent) == 1
+
+
 def test_the_same_truth_is_new_once_and_another_is_a_conflict() -> None:
     recent = RecentAnswers(2)
-    recent.remember("a", 0, answer("sparrow"), "0" * 64)
+    recent.remember("a", [answer("sparrow")])
     assert [recent.label("a", 0, SPARROW)[1] for _ in range(3)] == [True, False, False]
     with pytest.raises(Conflict, match="'sparrow'"):
         recent.label("a", 0, WREN)
@@ -53,7 +68,7 @@ def test_the_same_truth_is_new_once_and_another_is_a_conflict() -> None:
 
 def test_none_are_kept_when_none_may_be() -> None:
     recent = RecentAnswers(0)
-    recent.remember("a", 0, answer("sparrow"), "0" * 64)
+    recent.remember("a", [answer("sparrow")])
     assert len(recent) == 0
 
 
@@ -137,6 +152,10 @@ def test_pictures_of_one_request_are_told_apart(client: TestClient) -> None:
     beyond = client.post("/feedback", json={"request_id": request_id, "index": 3, "label": "x"})
     assert beyond.status_code == 404
     assert beyond.json()["type"] == "urn:tosca:problem:unknown-answer"
+    again = client.post("/predict", headers={"x-request-id": request_id}, content=encoded(noise()))
+    assert again.headers["x-request-id"] == request_id
+    stale = client.post("/feedback", json={"request_id": request_id, "index": 2, "label": "x"})
+    assert stale.status_code == 404
 
 
 def test_the_right_label_of_the_wrong_task_is_wrong(client: TestClient) -> None:
