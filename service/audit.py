@@ -1,8 +1,8 @@
 """Who changed what: an append-only log of every registration, removal and roll-back, asked for and done.
 
-A change is asked for in one line, before anything happens, and its end is told in another. Each line is on
+A change is asked for in one line, before anything happens, and its end is told in another. The first is on
 the disk before the next step, so that no change is made that the log does not know of; where it cannot be
-written, nothing is changed.
+written, nothing is changed. Where only the second cannot, the change stands and the ordinary log has its end.
 """
 
 import contextlib
@@ -55,7 +55,10 @@ class AuditLog:
 
     @contextlib.contextmanager
     def change(self, action: str, **what: Any) -> Iterator[Callable[..., None]]:
-        """Log the start and the end of a change; the block calls the yielded function with its result."""
+        """Log the start and the end of a change; the block calls the yielded function with its result.
+
+        Raises AuditUnavailable when the start cannot be logged.
+        """
         result: dict[str, Any] = {}
         self._append("asked", action, what)
         started = time.monotonic()
@@ -64,10 +67,17 @@ class AuditLog:
         except Exception as error:
             fault = str(error) if isinstance(error, ToscaError) else "internal error"
             self._on_end(action, "refused", time.monotonic() - started)
-            self._append("refused", action, what | {"fault": type(error).__name__, "detail": fault[:500]})
+            self._end("refused", action, what | {"fault": type(error).__name__, "detail": fault[:500]})
             raise
         self._on_end(action, "done", time.monotonic() - started)
-        self._append("done", action, what | result)
+        self._end("done", action, what | result)
+
+    def _end(self, event: str, action: str, what: dict[str, Any]) -> None:
+        """The client is told how the change ended, not that of this the log knows nothing."""
+        try:
+            self._append(event, action, what)
+        except AuditUnavailable as error:
+            log.critical("%s %s is missing in the audit log: %s", event, action, error)
 
     def _append(self, event: str, action: str, what: dict[str, Any]) -> None:
         line = {"at": datetime.now(UTC).isoformat(), "event": event, "action": action, **what}

@@ -1,5 +1,7 @@
 """Request ids, log lines and the audit log."""
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -116,6 +118,25 @@ def test_nothing_is_changed_that_cannot_be_logged() -> None:
     with AuditLog(Path("/dev/full")) as audit, full, audit.change("remove", task="x"):
         happened.append("changed")
     assert happened == []
+
+
+@pytest.mark.parametrize("fault", [None, UnknownTask("task 'x' is not active")])
+def test_how_a_change_ended_is_told_though_it_cannot_be_logged(
+    fault: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(descriptor: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "audit.jsonl"
+    expected = contextlib.nullcontext() if fault is None else pytest.raises(UnknownTask)
+    with AuditLog(path) as audit, expected, audit.change("remove", task="x"):
+        monkeypatch.setattr("service.audit.os.write", full)
+        if fault is not None:
+            raise fault
+    assert [one["event"] for one in lines(path)] == ["asked"]
+    assert [one.levelname for one in caplog.records if "is missing in the audit log" in one.message] == [
+        "CRITICAL"
+    ]
 
 
 def test_a_log_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
