@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from service.client import Client, ClientError, Readiness, Retries
@@ -59,6 +60,9 @@ def stop() -> None:
     if not PID_FILE.exists():
         return
     pid = int(PID_FILE.read_text())
+    if not _serves(pid):
+        PID_FILE.unlink()
+        return
     try:
         os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + WAIT_S
@@ -67,6 +71,19 @@ def stop() -> None:
             time.sleep(0.1)
     except ProcessLookupError:
         PID_FILE.unlink()
+
+
+def _serves(pid: int) -> bool:
+    """Whether a process is a `tosca serve`: the number of one that ended may be another's by now."""
+    if Path("/proc/self").exists():
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+        except OSError:  # gone
+            return False
+    else:  # not Linux
+        command = ["ps", "-ww", "-o", "args=", "-p", str(pid)]
+        words = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()  # noqa: S603
+    return any(Path(one).name == "tosca" and two == "serve" for one, two in pairwise(words))
 
 
 def _ready(url: str) -> Readiness | None:
