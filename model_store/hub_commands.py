@@ -1,7 +1,6 @@
 """`tosca push` and `tosca pull`: module files and backbones in a repository of the Hugging Face hub."""
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
