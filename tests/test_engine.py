@@ -69,6 +69,19 @@ def start(engine: Engine) -> None:
     engine.backbone.batch_sizes.clear()
 
 
+def hold_decoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """From now on decoding tells by the first event that it has begun, and waits for the second."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def slow(*given: Any) -> Tensor:
+        inside.set()
+        assert go_on.wait(60.0)
+        return to_pixels(*given)
+
+    monkeypatch.setattr("model_store.preprocess.to_pixels", slow)
+    return inside, go_on
+
+
 @pytest.mark.parametrize(("runtime", "num_threads"), [("torch-float32", 2), ("onnxruntime-float32", 1)])
 def test_torch_has_threads_only_where_it_runs_the_passes(
     tiny_backbone: Backbone, runtime: str, num_threads: int
@@ -198,19 +211,12 @@ async def test_pixels_of_a_cancelled_request_are_freed_before_their_turn(
 async def test_a_picture_given_up_amid_its_decoding_never_waits_for_the_device(
     backbone: GatedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow(*given: Any) -> Tensor:
-        inside.set()
-        assert go_on.wait(60.0)
-        return to_pixels(*given)
-
     with Engine(backbone, settings(decode_threads=1)) as engine:
         start(engine)
         backbone.gate.clear()
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await entered(backbone)
-        monkeypatch.setattr("model_store.preprocess.to_pixels", slow)
+        inside, go_on = hold_decoding(monkeypatch)
         gone = asyncio.create_task(engine.answer([picture(1)], Question(bank)))
         await asyncio.to_thread(inside.wait, 60.0)
         gone.cancel()
@@ -229,16 +235,9 @@ async def test_a_picture_whose_client_left_before_its_decoding_is_freed(
     backbone: GatedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many come and go while the decoding threads are busy."""
-    inside, go_on = threading.Event(), threading.Event()
-
-    def slow(*given: Any) -> Tensor:
-        inside.set()
-        assert go_on.wait(60.0)
-        return to_pixels(*given)
-
     data = picture(1)
     with Engine(backbone, settings(decode_threads=1)) as engine:
-        monkeypatch.setattr("model_store.preprocess.to_pixels", slow)
+        inside, go_on = hold_decoding(monkeypatch)
         first = asyncio.create_task(engine.answer([picture(0)], Question(bank)))
         await asyncio.to_thread(inside.wait, 60.0)
         before = sys.getrefcount(data)
