@@ -78,6 +78,11 @@ def test_log_lines_carry_the_ids_of_their_request() -> None:
     assert text == "inside [order-66]"
 
 
+def test_a_path_cannot_forge_a_line() -> None:
+    text = TextFormatter("%(levelname)s %(message)s").format(record("GET /x\nWARNING \x1b[2J/ä\u2028y"))
+    assert text == "INFO GET /x\\nWARNING \\x1b[2J/ä\\u2028y"
+
+
 # -- the audit log ---------------------------------------------------------------------------------------
 
 
