@@ -23,6 +23,7 @@ from model_store.joint import MIN_ALTERNATIVE_PROBABILITY
 from model_store.store import ModelStore, with_task
 from service.app import create_app
 from service.errors import CannotListen
+from service.feedback import Truth
 from service.keys import Scope, change_keys, make_key, now_utc
 from service.open_inference import inference_pb2 as pb
 from service.open_inference.grpc_guard import CODE_OF
@@ -130,6 +131,18 @@ async def test_answers_are_those_of_the_engine(client: Client) -> None:
     by_raw.inputs[0].ClearField("contents")
     by_raw.raw_input_contents.append(raw)
     assert texts(await client("ModelInfer", by_raw), "label") == texts(response, "label")
+
+
+async def test_an_answer_carries_the_id_by_which_feedback_finds_it(client: Client) -> None:
+    call = client.channel.unary_unary(
+        f"/{SERVICE}/ModelInfer",
+        request_serializer=pb.ModelInferRequest.SerializeToString,
+        response_deserializer=pb.ModelInferResponse.FromString,
+    )(asking(), timeout=30.0)
+    label = texts(await call, "label")[2]
+    (request_id,) = [value for name, value in await call.trailing_metadata() if name == "x-request-id"]
+    given, is_first = client.state.engine.recent.label(request_id, 2, Truth(None, "a bird"))
+    assert (given.label, is_first) == (label, True)
 
 
 async def test_a_confident_task_gives_a_probability_for_each_of_its_labels(

@@ -69,6 +69,7 @@ def guarded(
         metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
         told = context_of(Headers(metadata))
         current_request.set(told)  # each call runs in a context of its own: nothing to undo
+        context.set_trailing_metadata((("x-request-id", told.request_id),))
         started = time.monotonic()
         code = grpc.StatusCode.INTERNAL
         try:
