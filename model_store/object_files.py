@@ -66,8 +66,11 @@ class ObjectFiles:
     def __init__(self, url: str) -> None:
         self._url = url
         self._root = folder_of(url)
-        is_absent = self._root is not None and not self._root.exists()
-        self._opened = None if is_absent else _open(url)
+        self._opened: ObjectStore | None = None
+        with self._translated():
+            is_there = self._root is None or self._root.exists()
+        if is_there:
+            self._begin()
 
     @property
     def _store(self) -> ObjectStore:
@@ -78,7 +81,7 @@ class ObjectFiles:
 
     def _begin(self) -> None:
         """Create the folder of a store that is to be written to."""
-        self._opened = self._opened or _open(self._url)
+        self._opened = self._opened or _open(self._url, self._root)
 
     def get(self, path: str) -> bytes | None:
         with self._translated():
@@ -153,13 +156,12 @@ def folder_of(url: str) -> Path | None:
     return None
 
 
-def _open(url: str) -> ObjectStore:
-    path = folder_of(url)
-    if path is not None:
+def _open(url: str, root: Path | None) -> ObjectStore:
+    if root is not None:
         try:
-            return LocalStore(path, mkdir=True)
+            return LocalStore(root, mkdir=True)
         except (BaseError, OSError) as error:
-            raise StoreUnavailable(f"store folder {path} cannot be opened: {_first_line(error)}") from error
+            raise StoreUnavailable(f"store folder {root} cannot be opened: {_first_line(error)}") from error
     try:
         return from_url(url)
     except (BaseError, ValueError) as error:

@@ -48,6 +48,7 @@ def bounded_protocol(
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
             self._stop_write_timer()
+            self._unset_keepalive_if_required()  # uvicorn leaves it behind when a connection was reset
             if self._begun is not None:  # uvicorn tells the newest of pipelined requests alone
                 self._begun.disconnected = True
                 self._begun.message_event.set()

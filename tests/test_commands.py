@@ -293,7 +293,7 @@ def test_repeats_are_told_in_one_line_and_in_the_report(trained: Tosca, tmp_path
     assert result.err.splitlines() == [f"skipped {line}"]
     assert f"- {line}" in (tmp_path / ".tosca/reports/t.md").read_text(encoding="utf-8")
     shutil.copy(tmp_path / "data/red/000.png", tmp_path / "data/blue/x.png")
-    assert_fault(trained("train", "--task", "t", "--data", "data"), "one picture has two labels")
+    assert_fault(trained("train", "--task", "t", "--data", "data"), "picture(s) have two labels")
 
 
 def test_a_report_that_cannot_be_written_costs_no_module(trained: Tosca, tmp_path: Path) -> None:

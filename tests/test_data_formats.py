@@ -343,6 +343,7 @@ def test_an_unusable_shard_is_named(name: str, tmp_path: Path) -> None:
         ("validation-00000-of-00002", "val"),
         ("test0", "test"),
         ("testing-0", "test"),
+        ("trainval-0", "train"),
         ("birds-0", "train"),
     ],
 )
@@ -351,7 +352,13 @@ def test_a_shard_is_of_the_split_that_its_name_begins_with(name: str, split: str
     assert [one.split for one in open_source(tmp_path, to_train=False).pictures] == [split]
 
 
-@pytest.mark.parametrize("name", ["Test-0", "tests-0", "trained-0", "value-0"])
+def test_a_shard_of_another_word_is_of_training_pictures(tmp_path: Path) -> None:
+    for one in ("a-0", "valley-0", "trains-0", "testudo-0", "devices-0"):
+        write_tar(tmp_path / f"{one}.tar", [(f"{one}.png", PNG), (f"{one}.cls", b"cat")])
+    assert {one.split for one in open_source(tmp_path, to_train=False).pictures} == {"train"}
+
+
+@pytest.mark.parametrize("name", ["Test-0", "tests-0", "TRAINING-0", "valset-0", "dev-0"])
 def test_a_shard_that_resembles_a_split_is_refused_beside_others(name: str, tmp_path: Path) -> None:
     for one in ("a-0", name):
         path = write_tar(tmp_path / f"{one}.tar", [("1.png", PNG), ("1.cls", b"cat")])

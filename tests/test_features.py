@@ -198,7 +198,9 @@ def test_the_data_digest_ignores_where_the_pictures_lie(tmp_path: Path, tiny_bac
 
 
 def extract_to_train(data: Path, backbone: Backbone, folder: Path) -> LabelledFeatures:
-    hashed = dataclasses.replace(hash_source(open_source(data, min_images_per_class=1)), is_for_training=True)
+    hashed = dataclasses.replace(
+        hash_source(open_source(data, min_images_per_class=1)), min_images_per_class=1
+    )
     return the_only(extract_each([hashed], backbone, cache(folder, backbone), show_progress=False))
 
 
@@ -240,9 +242,20 @@ def test_a_split_of_nothing_but_training_pictures_is_refused(tmp_path: Path, tin
 def test_a_picture_under_two_labels_is_refused(tmp_path: Path, tiny_backbone: Backbone) -> None:
     data = write_splits(tmp_path / "data", train=3, test=2)
     shutil.copy(data / "train/red/000.png", data / "test/blue/x.png")
-    fault = "data: one picture has two labels: .*/train/red/000.png is 'red', .*/test/blue/x.png 'blue'"
+    fault = r"1 picture\(s\) have two labels; first: .*/train/red/000.png is 'red', .*/test/blue/x.png 'blue'"
     with pytest.raises(InvalidDataset, match=fault):
         extract_to_train(data, tiny_backbone, tmp_path / "cache")
+
+
+def test_repeats_do_not_count_as_pictures_of_a_class(tmp_path: Path, tiny_backbone: Backbone) -> None:
+    data = write_classes(tmp_path / "data", 3)
+    for name in ("001.png", "002.png"):
+        shutil.copy(data / "red/000.png", data / "red" / name)
+    hashed = dataclasses.replace(hash_source(open_source(data)), min_images_per_class=2)
+    with pytest.raises(
+        InvalidDataset, match=r"class 'red' has 1 training picture\(s\), at least 2 are needed"
+    ):
+        the_only(extract_each([hashed], tiny_backbone, cache(tmp_path, tiny_backbone), show_progress=False))
 
 
 def test_equal_files_that_are_no_pictures_are_no_repeats(tmp_path: Path, tiny_backbone: Backbone) -> None:

@@ -145,6 +145,18 @@ async def test_an_answer_carries_the_id_by_which_feedback_finds_it(client: Clien
     assert (given.label, is_first) == (label, True)
 
 
+async def test_a_probe_does_not_wait_for_pictures_that_are_long_in_coming(
+    settings: Settings, tiny_backbone: Backbone
+) -> None:
+    settings = settings.model_copy(update={"max_buffered_bytes": settings.max_body_bytes})  # room for one
+    async with running(settings, tiny_backbone) as client:
+        stalled = client.channel.stream_unary(f"/{SERVICE}/ModelInfer")(timeout=60.0)
+        await asyncio.sleep(0.2)  # it has begun, and sends nothing
+        async with asyncio.timeout(10.0):
+            assert (await client("ModelReady", pb.ModelReadyRequest(name="birds"))).ready
+        stalled.cancel()
+
+
 async def test_a_confident_task_gives_a_probability_for_each_of_its_labels(
     settings: Settings, tiny_store: ModelStore, tiny_backbone: Backbone, make_module: MakeModule
 ) -> None:

@@ -275,7 +275,7 @@ def test_repeats_are_left_out_of_each_task(tmp_path: Path, tiny_backbone: Backbo
     outcomes = train_folder(folder, tiny_backbone, destination, tmp_path / "cache")
     assert (tmp_path / "out/a.safetensors").read_bytes() == alone
     assert "1 picture(s) of test also in train" in outcomes["a"].skipped[0]
-    assert "one picture has two labels" in str(outcomes["b"].fault)
+    assert "1 picture(s) have two labels" in str(outcomes["b"].fault)
     again = train_folder(folder, tiny_backbone, destination, tmp_path / "cache")
     assert again["a"].status == "unchanged"
 

@@ -524,3 +524,18 @@ def test_an_endpoint_that_is_not_there_is_unavailable(
         with pytest.raises(StoreUnavailable, match="s3://bucket/models does not answer") as refusal:
             ModelStore("s3://bucket/models").head()
     assert "\n" not in str(refusal.value)
+
+
+def test_a_path_that_no_folder_can_have_is_no_store() -> None:
+    with pytest.raises(StoreUnavailable, match="File name too long"):
+        ModelStore("a" * 300)
+
+
+def test_a_relative_store_stays_where_it_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    files = ObjectFiles("store")
+    monkeypatch.chdir(tmp_path / "there")
+    assert files.put_new("modules/a", b"data")
+    assert (tmp_path / "here/store/modules/a").read_bytes() == b"data"

@@ -1,6 +1,7 @@
 """Where finished module files go: a folder, or a model store that serves them."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class StoreDestination:
 
 def write_file(path: Path, data: bytes) -> Path:
     """Write a file whole or not at all. Raises ToscaError."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(data)

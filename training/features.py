@@ -22,7 +22,14 @@ from model_store.decoding import ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
 from training.embedding import Embedding, Item, LocalEmbedding
 from training.feature_cache import FeatureCache
-from training.pictures import SPLITS, LabelledPicture, PicturePath, PictureSource, Split
+from training.pictures import (
+    SPLITS,
+    LabelledPicture,
+    PicturePath,
+    PictureSource,
+    Split,
+    check_counts,
+)
 
 _Hashed = tuple[LabelledPicture, str]  # a picture and its SHA-256
 
@@ -55,7 +62,8 @@ class HashedSource:
     source: PictureSource
     digests: tuple[str, ...]
     faults: tuple[str, ...]  # why not, of each; empty where it can
-    is_for_training: bool = False  # every picture once, and under one label
+    # To train from: every picture once and under one label, and so many of each class.
+    min_images_per_class: int | None = None
 
     @property
     def data_sha256(self) -> str:
@@ -222,9 +230,10 @@ def _assemble(wanted: _WantedSource, faults: dict[str, str], max_corrupt_fractio
         )
     if not kept:
         raise InvalidDataset(f"{source.name}: not one picture can be read; first: {skipped[0]}")
-    if wanted.hashed.is_for_training:
+    if (least := wanted.hashed.min_images_per_class) is not None:
         kept, repeats = _leave_out_repeats(source.name, kept)
         skipped += repeats
+        check_counts(source.name, [one for one, _ in kept], source.labels, least)
     index = {label: i for i, label in enumerate(source.labels)}
     return LabelledFeatures(
         name=source.name,
@@ -245,12 +254,13 @@ def _leave_out_repeats(name: str, pictures: Sequence[_Hashed]) -> tuple[list[_Ha
     labels, and when a split has none of its own.
     """
     first: dict[str, LabelledPicture] = {}
+    clashes = []
     for one, digest in sorted(pictures, key=lambda hashed: SPLITS.index(hashed[0].split)):
         same = first.setdefault(digest, one)
         if same.label != one.label:
-            raise InvalidDataset(
-                f"{name}: one picture has two labels: {same.path} is {same.label!r}, {one.path} {one.label!r}"
-            )
+            clashes.append(f"{same.path} is {same.label!r}, {one.path} {one.label!r}")
+    if clashes:
+        raise InvalidDataset(f"{name}: {len(clashes)} picture(s) have two labels; first: {clashes[0]}")
     kept = [(one, digest) for one, digest in pictures if first[digest] is one]
     repeats: dict[str, list[str]] = {}
     for one, digest in pictures:

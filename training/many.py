@@ -101,7 +101,7 @@ def _look_at(
         check_names(plan.task, source.labels, plan.label_space)
     except ToscaError as error:
         return TaskOutcome(plan.task, "failed", str(error))
-    hashed = replace(hash_source(source), is_for_training=True)
+    hashed = replace(hash_source(source), min_images_per_class=plan.min_images)
     present = _present(plan, backbone, destination, hashed.data_sha256)
     return hashed if present is None else TaskOutcome(plan.task, "unchanged", manifest=present)
 

@@ -1,7 +1,12 @@
 """Labelled pictures as every source gives them, whatever they lie in."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, get_args
+
+from model_store.errors import InvalidDataset
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -39,3 +44,20 @@ class PictureSource:
     name: str
     pictures: tuple[LabelledPicture, ...]
     labels: tuple[str, ...]
+
+
+def check_counts(
+    path: Path | str, pictures: Sequence[LabelledPicture], labels: tuple[str, ...], min_images_per_class: int
+) -> None:
+    """Raises InvalidDataset unless there are two classes and so many training pictures of each."""
+    counts = Counter(one.label for one in pictures if one.split == "train")
+    if not counts:
+        raise InvalidDataset(f"{path} has no training pictures")
+    if len(labels) < 2:
+        raise InvalidDataset(f"{path} has a single class {labels[0]!r}: a classification task needs two")
+    for label in labels:
+        if counts[label] < min_images_per_class:
+            raise InvalidDataset(
+                f"{path}: class {label!r} has {counts[label]} training picture(s), at least "
+                f"{min_images_per_class} are needed"
+            )

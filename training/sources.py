@@ -10,15 +10,13 @@ Accepted sources:
 """
 
 import unicodedata
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from model_store.decoding import IMAGE_SUFFIXES
 from model_store.errors import InvalidDataset
 from training import hf_datasets, webdataset
 from training.manifests import read_csv
-from training.pictures import SPLITS, LabelledPicture, PictureSource, Split, in_order
+from training.pictures import SPLITS, LabelledPicture, PictureSource, Split, check_counts, in_order
 
 SourceName = str | Path  # as `tosca train --data` takes it
 FILE_SUFFIXES = (".csv", ".parquet", ".tar")
@@ -56,7 +54,7 @@ def open_source(name: SourceName, *, min_images_per_class: int = 2, to_train: bo
     labels = tuple(sorted({one.label for one in pictures}))
     _check_spelling(path, labels)
     if to_train:
-        _check_counts(path, pictures, labels, min_images_per_class)
+        check_counts(path, pictures, labels, min_images_per_class)
     return PictureSource(_name_of(name), tuple(pictures), labels)
 
 
@@ -126,19 +124,3 @@ def _check_spelling(path: Path, labels: tuple[str, ...]) -> None:
                 f"{path}: class names {seen[folded]!r} and {label!r} are the same but for spelling"
             )
         seen[folded] = label
-
-
-def _check_counts(
-    path: Path, pictures: Sequence[LabelledPicture], labels: tuple[str, ...], min_images_per_class: int
-) -> None:
-    counts = Counter(one.label for one in pictures if one.split == "train")
-    if not counts:
-        raise InvalidDataset(f"{path} has no training pictures")
-    if len(labels) < 2:
-        raise InvalidDataset(f"{path} has a single class {labels[0]!r}: a classification task needs two")
-    for label in labels:
-        if counts[label] < min_images_per_class:
-            raise InvalidDataset(
-                f"{path}: class {label!r} has {counts[label]} training picture(s), at least "
-                f"{min_images_per_class} are needed"
-            )

@@ -1,6 +1,7 @@
 """`tosca train`: one task, or many in one run."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -119,9 +120,9 @@ def train(
         plans = read_plans(many, like)
     elif task is None or data is None:
         raise typer.BadParameter("expected --task with --data, or --many", param_hint="--task")
-    if output is not None and output.is_dir() and many is None:
+    if output is not None and os.path.isdir(output) and many is None:  # noqa: PTH112  (never raises)
         raise typer.BadParameter(f"{output} is a folder, expected a file", param_hint="--output")
-    if output is not None and output.is_file() and many is not None:
+    if output is not None and os.path.isfile(output) and many is not None:  # noqa: PTH113
         raise typer.BadParameter(f"{output} is a file, expected a folder", param_hint="--output")
     run = _Run(ModelStore(store), cache, device, runtime, max_corrupt, report, output, force, json, ray)
     with ray_session() if ray else contextlib.nullcontext():
@@ -157,7 +158,7 @@ def _train_one(plan: TaskPlan, run: _Run) -> None:
     source = open_source(plan.data, min_images_per_class=plan.min_images)
     check_names(plan.task, source.labels, plan.label_space)
     backbone = run.store.backbone_manifest(run.store.require_head().backbone_fingerprint)
-    hashed = replace(load_hashes(source), is_for_training=True)
+    hashed = replace(load_hashes(source), min_images_per_class=plan.min_images)
     features = the_only(_features_of_each(run, iter([hashed])))
     _print_skipped(features.skipped)
     started = time.monotonic()

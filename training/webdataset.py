@@ -22,8 +22,11 @@ from model_store.errors import InvalidDataset, InvalidImage
 from training.pictures import SPLITS, LabelledPicture, Split
 
 _MAX_LABEL_BYTES = 2**20
-_SPLIT = re.compile(r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?)(?![a-zA-Z])")
-_LIKE_A_SPLIT = re.compile(r"train|val|test", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:(train)(?:ing|val)?|(val)(?:id|idation)?|(test)(?:ing)?)(?![a-zA-Z])")
+_LIKE_A_SPLIT = re.compile(
+    r"(train(ing|set|val)?|val(id|idation|set)?|test(ing|s|set)?|dev(set)?|eval(uation)?)(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)

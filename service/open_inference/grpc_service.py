@@ -19,6 +19,8 @@ from service.prediction import Inquiry
 from service.routes.state import ServiceState
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+# Messages without pictures that may arrive at once. They are small, but how small shows when they are there.
+_NAMES_AT_ONCE = 4
 
 
 class InferenceService:
@@ -27,8 +29,12 @@ class InferenceService:
     def __init__(self, state: ServiceState) -> None:
         self._state = state
         settings = state.settings
-        self._memory = MessageMemory(
+        self._pictures = MessageMemory(
             settings.max_body_bytes, settings.max_buffered_bytes, settings.body_timeout_s
+        )
+        # Of its own, so that probes do not wait for pictures that are long in coming.
+        self._names = MessageMemory(
+            settings.max_body_bytes, _NAMES_AT_ONCE * settings.max_body_bytes, settings.header_timeout_s
         )
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -62,12 +68,15 @@ class InferenceService:
             SERVICE,
             {
                 name: grpc.stream_unary_rpc_method_handler(
-                    guarded(f"/{SERVICE}/{name}", call, scope, asked, self._memory, self._state),
+                    guarded(f"/{SERVICE}/{name}", call, scope, asked, self._memory_of(name), self._state),
                     response_serializer=answered.SerializeToString,
                 )
                 for name, (call, scope, asked, answered) in calls.items()
             },
         )
+
+    def _memory_of(self, name: str) -> MessageMemory:
+        return self._pictures if name == "ModelInfer" else self._names
 
     # -- the calls -----------------------------------------------------------------------------------
 
