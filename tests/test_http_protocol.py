@@ -106,6 +106,18 @@ async def received(client: socket.socket) -> bytes:
     return b"".join(pieces)
 
 
+def answer_nobody(has_begun: asyncio.Event) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that waits until its client has left."""
+
+    async def answer(request: Request) -> Response:
+        has_begun.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return Response()
+
+    return answer
+
+
 async def test_the_head_of_a_second_request_has_its_time_after_the_first_answer() -> None:
     async def answer(_: Request) -> Response:
         await asyncio.sleep(2 * TIMEOUT_S)
@@ -121,14 +133,7 @@ async def test_the_head_of_a_second_request_has_its_time_after_the_first_answer(
 @pytest.mark.parametrize("second", [b"GET / HTTP/1.1\r\nX: " + b"a" * 10_000, b"no HTTP\r\n\r\n"])
 async def test_a_refusal_is_never_taken_for_the_answer_of_an_earlier_request(second: bytes) -> None:
     has_begun = asyncio.Event()
-
-    async def answer(request: Request) -> Response:
-        has_begun.set()
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        return Response()
-
-    async with connected(answer) as (client, _):
+    async with connected(answer_nobody(has_begun)) as (client, _):
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         await has_begun.wait()
@@ -139,14 +144,7 @@ async def test_a_refusal_is_never_taken_for_the_answer_of_an_earlier_request(sec
 async def test_a_request_before_others_learns_that_its_client_left() -> None:
     """Else its answer would be written to a closed connection, which looks like a bug of ours."""
     has_begun = asyncio.Event()
-
-    async def answer(request: Request) -> Response:
-        has_begun.set()
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        return Response()
-
-    async with connected(answer) as (client, state):
+    async with connected(answer_nobody(has_begun)) as (client, state):
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(client, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
         await has_begun.wait()
