@@ -48,7 +48,7 @@ def main() -> None:
         for gap in GAPS:  # alternating, so that other work on the machine strikes all alike
             started = time.process_time()
             image = decode_image(data, limits, min_side=None if gap is None else gap * side)
-            pixels[gap].append(to_pixels(image, backbone.preprocessing, limits))
+            pixels[gap].append(to_pixels(np.array(image), backbone.preprocessing, limits))
             milliseconds[gap].append(1e3 * (time.process_time() - started))
     cls_ND = {gap: embed_all(backbone, torch.stack(pixels[gap])) for gap in GAPS}
     rows = []

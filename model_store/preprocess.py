@@ -63,33 +63,35 @@ class Preprocessing(BaseModel):
         return math.floor(max(self.height, self.width) / self.crop_fraction)
 
 
-def to_pixels(image: Image.Image, preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
+def to_pixels(rgb_HWC: NDArray[np.uint8], preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
     """[3, H, W] uint8 pixels of an RGB picture: shorter side resized, centre cropped, as timm does it."""
-    size = _resized_size(image.size, preprocessing)
+    height, width, _ = rgb_HWC.shape
+    size = _resized_size((width, height), preprocessing)
     if size[0] * size[1] > limits.max_pixels:
         raise ImageTooLarge(
-            f"image of {image.width}×{image.height} pixels is too elongated: resized to {size[0]}×{size[1]}, "
+            f"image of {width}×{height} pixels is too elongated: resized to {size[0]}×{size[1]}, "
             f"it exceeds the limit of {limits.max_pixels} pixels"
         )
     top = round((size[1] - preprocessing.height) / 2.0)
     left = round((size[0] - preprocessing.width) / 2.0)
     bottom, right = top + preprocessing.height, left + preprocessing.width
-    if image.size != size and preprocessing.decoding == 2:
-        image = image.resize(size, _RESAMPLING[preprocessing.interpolation])
-    if image.size == size:
-        crop_CHW = np.asarray(image.crop((left, top, right, bottom))).transpose(2, 0, 1)
+    if (width, height) == size:
+        crop_CHW = rgb_HWC.transpose(2, 0, 1)[:, top:bottom, left:right]
+    elif preprocessing.decoding == 2:
+        resized = Image.fromarray(rgb_HWC).resize(size, _RESAMPLING[preprocessing.interpolation])
+        crop_CHW = np.asarray(resized.crop((left, top, right, bottom))).transpose(2, 0, 1)
     else:
-        crop_CHW = _resized_by_torch(image, size, preprocessing)[:, top:bottom, left:right]
+        crop_CHW = _resized_by_torch(rgb_HWC, size, preprocessing)[:, top:bottom, left:right]
     # NumPy copies on this thread. torch would share so small a copy among threads, which then wait for each
     # other while the processors are busy: milliseconds instead of microseconds (docs/experiments.md).
     return torch.from_numpy(np.array(crop_CHW, order="C"))
 
 
 def _resized_by_torch(
-    image: Image.Image, size: tuple[int, int], preprocessing: Preprocessing
+    rgb_HWC: NDArray[np.uint8], size: tuple[int, int], preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
     """[3, H, W] pixels of the whole picture at a width and height."""
-    given_1CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    given_1CHW = torch.from_numpy(rgb_HWC).permute(2, 0, 1)[None]
     mode, shape = preprocessing.interpolation, (size[1], size[0])
     return interpolate(given_1CHW, size=shape, mode=mode, antialias=True)[0].numpy()
 
@@ -133,7 +135,7 @@ class OpenedPicture:
 
     def load(self) -> Tensor:
         """[3, H, W] uint8 pixels; to be called once. Raises ImageTooLarge and InvalidImage."""
-        return to_pixels(self.opened.decode(), self.preprocessing, self.limits)
+        return to_pixels(self.opened.rgb(), self.preprocessing, self.limits)
 
 
 def open_picture(data: bytes, preprocessing: Preprocessing, limits: ImageLimits) -> OpenedPicture:

@@ -5,9 +5,6 @@ wait twice for whatever the loop is at.
 """
 # B batch, H height, W width, D features
 
-import contextlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from service.metrics import Metrics
 from service.pixel_budget import PixelBudget
 from service.questions import Question, TimedAnswer, check_finite
 from service.timings import Interval, Timings
+from service.turns import wait_for_turns
 
 
 class DecodePool:
@@ -50,7 +48,7 @@ class DecodePool:
         self._cache = cache
         self._metrics = metrics
         self._submit = submit
-        self._threads = ThreadPoolExecutor(num_threads, "decode", _work_in_bulk)
+        self._threads = ThreadPoolExecutor(num_threads, "decode", _begin_decoding)
         self._readers = make_readers()
 
     def stop(self) -> None:
@@ -146,14 +144,9 @@ class DecodePool:
         return [TimedAnswer(answer, timings, cls_D) for answer, cls_D in zip(answers, cls_BD, strict=True)]
 
 
-def _work_in_bulk() -> None:
-    """Let this thread compute by itself, and on Linux wait for its turn instead of interrupting a pass: after
-    that, a pass finds the caches full of pictures (docs/experiments.md, section 14). Where a sandbox forbids
-    it, passes are interrupted."""
+def _begin_decoding() -> None:
     use_one_compute_thread()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+    wait_for_turns()
 
 
 def _without_frames(fault: ToscaError) -> ToscaError:

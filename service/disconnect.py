@@ -15,17 +15,27 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
 
     Raises ClientDisconnect then, and whatever `work` raises otherwise.
     """
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_until_left(request))
+    this = asyncio.current_task()
+    assert this is not None, "a coroutine runs in a task"
+    leaving = asyncio.create_task(_until_left(request))
+    has_left = is_over = False
+
+    def stop(_: asyncio.Task[None]) -> None:
+        nonlocal has_left
+        if not is_over:
+            has_left = True
+            this.cancel()
+
+    leaving.add_done_callback(stop)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if has_left and this.uncancel() == 0:  # else the server cancels, too
+            raise ClientDisconnect from None
+        raise
     finally:
-        for one in (task, leaving):
-            one.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        is_over = True
+        leaving.cancel()
 
 
 async def _until_left(request: Request) -> None:

@@ -154,7 +154,8 @@ class Engine:
             return await asyncio.wrap_future(self._decoders.send_vectors(pictures, question))
         entries = self._decoders.send(pictures, question, time.monotonic() + timeout_s)
         try:
-            return await asyncio.gather(*(asyncio.wrap_future(entry.future) for entry in entries))
+            futures = [asyncio.wrap_future(entry.future) for entry in entries]
+            return [await futures[0]] if len(futures) == 1 else await asyncio.gather(*futures)
         finally:
             for entry in entries:  # after a fault or a cancellation, the rest need no pass
                 entry.drop()

@@ -1,9 +1,9 @@
 """What is known of the request being answered: its ids, its caller; and the line it leaves in the log."""
 
 import logging
+import os
 import re
 import time
-import uuid
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -85,6 +85,6 @@ def context_of(headers: Headers) -> RequestContext:
     given = headers.get("x-request-id", "")
     trace = _TRACEPARENT.fullmatch(headers.get("traceparent", "")[:512])
     return RequestContext(
-        request_id=given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
+        request_id=given if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex(),
         trace_id=trace.group(1) if trace else None,
     )

@@ -28,6 +28,7 @@ from service.http_protocol import bounded_protocol
 from service.logs import configure_logs
 from service.planes import Planes
 from service.settings import Settings
+from service.turns import wait_for_turns
 
 log = logging.getLogger("tosca.server")
 DEAD_STATUS = 70  # EX_SOFTWARE
@@ -83,8 +84,12 @@ class Server(uvicorn.Server):
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """What is there once the application has started stays: the collector need not look at it again."""
+        """What is there once the application has started stays: the collector need not look at it again.
+        Where passes run on the processors, the event loop does not interrupt them."""
         await super().startup(sockets)
+        state = getattr(self._app.state, "service", None)
+        if state is not None and state.engine.backbone.device.type == "cpu":
+            wait_for_turns()
         gc.collect()
         gc.freeze()
         gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])

@@ -5,6 +5,7 @@ ATEN_CPU_CAPABILITY=default python tests/pixels_digest.py
 
 import hashlib
 
+import numpy as np
 import torch
 from pictures import noise
 
@@ -23,7 +24,7 @@ def main() -> None:
         )
         for seed, size in enumerate(SIZES):
             image = noise(seed=seed, size=size, spread=120)
-            digest.update(to_pixels(image, preprocessing, ImageLimits()).numpy().tobytes())
+            digest.update(to_pixels(np.array(image), preprocessing, ImageLimits()).numpy().tobytes())
     print(torch.backends.cpu.get_cpu_capability(), digest.hexdigest())
 
 

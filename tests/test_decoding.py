@@ -16,8 +16,8 @@ import pytest
 from pictures import encoded, noise, tiled_tiff
 from PIL import Image, ImageCms, ImageFilter, TiffImagePlugin
 
-from model_store.decoding import ImageLimits, decode_image
-from model_store.errors import ImageTooLarge
+from model_store.decoding import ImageLimits, OpenedImage, decode_image, open_image
+from model_store.errors import ImageTooLarge, InvalidImage
 from model_store.preprocess import Decoding
 
 LIMITS = ImageLimits()
@@ -37,6 +37,7 @@ def corner_picture(size: tuple[int, int] = (64, 48)) -> Image.Image:
 def decode(data: bytes, min_side: int | None = None) -> np.ndarray:
     image = decode_image(data, LIMITS, min_side)
     assert image.mode == "RGB"
+    assert np.array_equal(open_image(data, LIMITS, min_side).rgb(), image)
     return np.asarray(image).astype(np.int16)
 
 
@@ -241,6 +242,55 @@ def test_the_limit_holds_for_the_size_in_the_header_and_not_the_reduced_one() ->
     data = encoded(photograph((1600, 1200)), "JPEG")
     with pytest.raises(ImageTooLarge, match="1600×1200 pixels"):
         decode_image(data, ImageLimits(max_pixels=1_000_000), 100)
+
+
+# -- plain JPEGs, which Pillow only opens ------------------------------------------------------------
+
+
+def without_pillow(data: bytes, min_side: int | None, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    def forbidden(_: OpenedImage) -> Image.Image:
+        raise AssertionError("decoded by Pillow")
+
+    with monkeypatch.context() as within:
+        within.setattr(OpenedImage, "decode", forbidden)
+        return open_image(data, LIMITS, min_side).rgb()
+
+
+JPEG_OPTIONS: dict[str, dict[str, object]] = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "progressive": {"progressive": True},
+    "restarting": {"restart_marker_blocks": 3},
+    "of low quality": {"quality": 10},
+    "of full quality": {"quality": 100},
+    "RGB": {"keep_rgb": True},
+    "in sRGB by name": {"icc_profile": srgb_profile()},
+    "upright by name": {"exif": exif(1)},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", JPEG_OPTIONS.values(), ids=JPEG_OPTIONS)
+def test_a_plain_jpeg_has_the_pixels_that_pillow_gives(
+    options: dict[str, object], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in [(1, 1), (8, 300), (97, 63), (256, 171), (641, 480)]:
+        data = encoded(noise(seed=3, size=size, spread=60).convert(mode), "JPEG", **options)
+        for min_side in (None, 20, 60, 130):
+            pixels = without_pillow(data, min_side, monkeypatch)
+            assert np.array_equal(pixels, decode_image(data, LIMITS, min_side))
+
+
+def test_what_pillow_bears_with_is_shown_and_what_it_does_not_is_refused() -> None:
+    data = encoded(photograph((400, 300)), "JPEG")
+    middle = len(data) // 2
+    damaged = data[:middle] + bytes(200) + data[middle + 200 :]
+    assert np.array_equal(open_image(damaged, LIMITS).rgb(), decode_image(damaged, LIMITS))
+    with pytest.raises(InvalidImage, match="truncated"):
+        open_image(data[:middle], LIMITS).rgb()
+    with pytest.raises(InvalidImage, match="truncated"):
+        open_image(data[:-2], LIMITS).rgb()
 
 
 # -- memory ----------------------------------------------------------------------------------------------

@@ -31,7 +31,22 @@ async def test_the_result_comes_through_and_nothing_is_left_running() -> None:
         return 7
 
     assert await while_connected(asked, work()) == 7
+    await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_client_that_leaves_as_its_answer_is_there_cancels_nothing_else() -> None:
+    asked, left = request()
+
+    async def work() -> int:
+        await asyncio.sleep(0)  # the client is waited for
+        left.set()
+        await asyncio.sleep(0)  # and has left
+        return 7
+
+    assert await while_connected(asked, work()) == 7
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 async def test_a_fault_of_the_work_comes_through() -> None:
@@ -77,3 +92,22 @@ async def test_work_stops_when_the_server_cancels_the_request() -> None:
     with pytest.raises(asyncio.CancelledError):
         await whole
     assert stopped.is_set()
+
+
+async def test_a_server_that_cancels_what_a_client_has_left_cancels_it() -> None:
+    asked, left = request()
+    started = asyncio.Event()
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            whole.cancel()
+
+    whole = asyncio.create_task(while_connected(asked, work()))
+    await started.wait()
+    left.set()
+    with pytest.raises(asyncio.CancelledError):
+        await whole
+    assert whole.cancelled()

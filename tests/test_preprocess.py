@@ -60,7 +60,7 @@ def smooth(size: tuple[int, int]) -> Image.Image:
 
 
 def check_like_timm(image: Image.Image, chosen: Preprocessing) -> None:
-    ours_CHW = to_pixels(image, chosen, LIMITS)
+    ours_CHW = to_pixels(np.array(image), chosen, LIMITS)
     timms_CHW = timm_transform(chosen, normalize=False)(image)
     if chosen.decoding == 2:
         assert torch.equal(ours_CHW, timms_CHW)
@@ -119,7 +119,7 @@ def test_what_was_stored_with_an_earlier_decoding_is_read_as_it_was() -> None:
     stored = preprocessing(decoding=2).model_dump_json()
     assert Preprocessing.model_validate_json(stored).decoding == 2
     image = smooth((300, 200))
-    now, then = (to_pixels(image, preprocessing(decoding=one), LIMITS) for one in (3, 2))
+    now, then = (to_pixels(np.array(image), preprocessing(decoding=one), LIMITS) for one in (3, 2))
     assert not torch.equal(now, then)
 
 
@@ -127,7 +127,7 @@ def test_normalised_pixels_equal_those_of_timm() -> None:
     """Our backbone normalises on the device: (pixel / 255 − mean) / std."""
     chosen, image = preprocessing(decoding=2), smooth((300, 200))
     mean_C11, std_C11 = (torch.tensor(one).view(3, 1, 1) for one in (CLIP_MEAN, CLIP_STD))
-    ours = (to_pixels(image, chosen, LIMITS).float() / 255 - mean_C11) / std_C11
+    ours = (to_pixels(np.array(image), chosen, LIMITS).float() / 255 - mean_C11) / std_C11
     torch.testing.assert_close(ours, timm_transform(chosen, normalize=True)(image), rtol=0, atol=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_pixels_are_bytes_channel_first() -> None:
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:
     image = smooth((224, 224))
-    pixels_CHW = to_pixels(image, preprocessing(crop_fraction=1.0), LIMITS)
+    pixels_CHW = to_pixels(np.array(image), preprocessing(crop_fraction=1.0), LIMITS)
     assert np.array_equal(pixels_CHW.permute(1, 2, 0).numpy(), np.asarray(image))
 
 

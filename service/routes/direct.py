@@ -29,7 +29,7 @@ class DirectRoute(APIRoute):
             state = await get_state(request)
             minimum_revision = read_minimum_revision(request)
             async with admitted(request, state, "predict", minimum_revision) as caller:
-                query = read_query(request.query_params)
+                query = read_query(request.query_params) if request.scope["query_string"] else _NO_QUERY
                 answer = await self.endpoint(
                     request, state, caller, query, request.headers.get("x-request-timeout")
                 )
@@ -40,8 +40,6 @@ class DirectRoute(APIRoute):
 
 def read_query(given: QueryParams) -> PredictQuery:
     """Of a parameter given twice the last counts. Raises RequestValidationError for one out of range."""
-    if not given:
-        return _NO_QUERY
     try:
         return PredictQuery.model_validate(dict(given))
     except ValidationError as error:
