@@ -70,18 +70,21 @@ class OpenedImage:
         A JPEG that needs nothing but decoding is decoded by libjpeg-turbo alone, to the same pixels in half
         the time (docs/decisions/0012-plain-jpegs.md).
         """
-        if _is_plain_jpeg(self.image):
-            width, height = self.image.size
-            try:
-                pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-                    self.data, "RGB", min_height=height, min_width=width
-                )
-            except ValueError:
-                pass  # Pillow bears with some faults, and says what is wrong of the others
-            else:
-                if pixels.shape[:2] == (height, width):
-                    return pixels
-        return np.array(self.decode())
+        pixels = self._decode_plain() if _is_plain_jpeg(self.image) else None
+        return np.array(self.decode()) if pixels is None else pixels
+
+    def _decode_plain(self) -> NDArray[np.uint8] | None:
+        """By libjpeg-turbo; None where it finds a fault, or another size than the one that was checked. Pillow
+        bears with some faults, and says what is wrong of others."""
+        width, height = self.image.size
+        at_least = {"min_height": height, "min_width": width}
+        try:
+            if simplejpeg.decode_jpeg_header(self.data, **at_least)[:2] != (height, width):
+                return None
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(self.data, "RGB", **at_least)
+        except ValueError:
+            return None
+        return pixels
 
     def decode(self) -> Image.Image:
         """The pixels, upright and RGB; to be called once. Raises InvalidImage."""

@@ -293,6 +293,18 @@ def test_what_pillow_bears_with_is_shown_and_what_it_does_not_is_refused() -> No
         open_image(data[:-2], LIMITS).rgb()
 
 
+def test_libjpeg_turbo_decodes_no_size_that_was_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file is known of which the two read different sizes; its limits would be those of another picture."""
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg_header", lambda *_, **__: (60_000, 60_000, "YCbCr", "420"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", forbidden)
+    data = encoded(photograph((40, 30)), "JPEG")
+    assert np.array_equal(open_image(data, LIMITS).rgb(), decode_image(data, LIMITS))
+
+
 # -- memory ----------------------------------------------------------------------------------------------
 
 
