@@ -74,8 +74,8 @@ class OpenedImage:
         return np.array(self.decode()) if pixels is None else pixels
 
     def _decode_plain(self) -> NDArray[np.uint8] | None:
-        """By libjpeg-turbo; None where it finds a fault, or another size than the one that was checked. Pillow
-        bears with some faults, and says what is wrong of others."""
+        """By libjpeg-turbo; None where it finds a fault, or another size than was checked. Pillow bears with
+        some faults, and says what is wrong of others."""
         width, height = self.image.size
         at_least = {"min_height": height, "min_width": width}
         try:
