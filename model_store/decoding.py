@@ -67,8 +67,8 @@ class OpenedImage:
     def rgb(self) -> NDArray[np.uint8]:
         """[H, W, 3], the pixels that `decode` gives; to be called once. Raises InvalidImage.
 
-        A JPEG that needs nothing but decoding is decoded by libjpeg-turbo alone, to the same pixels in half
-        the time (docs/decisions/0012-plain-jpegs.md).
+        A JPEG that needs nothing but decoding is decoded by libjpeg-turbo alone, to the same pixels in less
+        time (docs/decisions/0011-plain-jpegs.md).
         """
         pixels = self._decode_plain() if _is_plain_jpeg(self.image) else None
         return np.array(self.decode()) if pixels is None else pixels

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import uvicorn
 from fastapi import FastAPI
 from serving import free_port
@@ -44,6 +46,29 @@ async def test_the_collector_looks_no_more_at_what_the_start_has_made(
     await Server(uvicorn.Config(app), app, Settings()).startup()
     watched = [id(one) for one in gc.get_objects()]
     assert id(made) not in watched and id(made[0]) not in watched
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have policies of their own on Linux alone")
+@pytest.mark.usefixtures("collector")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_event_loop_waits_for_its_turn_where_passes_need_the_processors(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(self: uvicorn.Server, sockets: object = None) -> None:
+        backbone = SimpleNamespace(device=torch.device(device))
+        app.state.service = SimpleNamespace(engine=SimpleNamespace(backbone=backbone))
+
+    def policy_of_a_server() -> int:
+        asyncio.run(Server(uvicorn.Config(app), app, Settings()).startup())
+        return os.sched_getscheduler(0)
+
+    monkeypatch.setattr(uvicorn.Server, "startup", start)
+    app = FastAPI()
+    before = os.sched_getscheduler(0)
+    with ThreadPoolExecutor(1) as thread:  # whose policy ends with it
+        policy = thread.submit(policy_of_a_server).result()
+    assert policy == (os.SCHED_BATCH if device == "cpu" else before)
+    assert os.sched_getscheduler(0) == before
 
 
 def test_main_and_admin_port_have_two_numbers_on_two_addresses_too(tiny_store: ModelStore) -> None:
