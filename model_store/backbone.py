@@ -138,7 +138,8 @@ class Backbone:
         self.fingerprint = manifest.fingerprint
         self.runtime_name = name
         # Two backbones of one fingerprint give close vectors; with equal variants, the same ones.
-        self.variant = f"{name}-{export_sha256[:12]}" if export_sha256 else name
+        variant = runtime_kind(name).variant
+        self.variant = f"{variant}-{export_sha256[:12]}" if export_sha256 else variant
         self.device = runtime.device
         self.batch_buckets = runtime.batch_buckets
         self.num_streams = len(streams) or 1

@@ -23,6 +23,7 @@ from model_store.backbone import Backbone, BackboneArtefact, resolve_device
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidBackbone
 from model_store.parity import Answering, LabelledPixels, bank_answers, class_mean_answers, compare
+from model_store.runtimes.byte_patches import byte_patches
 from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
 from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
@@ -146,8 +147,9 @@ class _Exports:
         if "float" not in self._made:
             from model_store.runtimes.onnx_export import export_float
 
-            model = split_attention(for_cls_alone(self._artefact.model()))
-            self._made["float"] = export_float(Embedding(model, self._artefact.manifest.preprocessing))
+            preprocessing = self._artefact.manifest.preprocessing
+            model = split_attention(for_cls_alone(byte_patches(self._artefact.model(), preprocessing)))
+            self._made["float"] = export_float(Embedding(model, preprocessing))
         return self._made["float"]
 
 

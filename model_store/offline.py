@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from model_store.answers import Answer
@@ -10,7 +9,7 @@ from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidImage
-from model_store.preprocess import load_pixels
+from model_store.preprocess import load_pixels, stack_pixels
 from model_store.publishing import Publisher
 from model_store.selection import Selection
 from model_store.store import ModelStore
@@ -81,7 +80,7 @@ class OfflinePredictor:
             pixels = [one for one in batch if isinstance(one, Tensor)]
             answered = iter(
                 self.bank.answer(
-                    self.backbone.embed(torch.stack(pixels)),
+                    self.backbone.embed(stack_pixels(pixels)),
                     selection=selection,
                     task=task,
                     top_k=top_k,

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from model_store.bank import ModuleBank
 from model_store.decoding import IMAGE_SUFFIXES, ImageLimits
 from model_store.errors import InvalidDataset, InvalidImage
-from model_store.preprocess import Preprocessing, load_pixels
+from model_store.preprocess import Preprocessing, load_pixels, stack_pixels
 from model_store.tuning import Parity
 
 Answer = tuple[str, str]  # task, label
@@ -53,7 +53,7 @@ def read_labelled(
             truth.append((task, path.parent.name))
         if len(pixels) == before:
             raise InvalidDataset(f"{folder} holds no readable pictures: expected CLASS/*.jpg below it")
-    return LabelledPixels(torch.stack(pixels), tuple(truth))
+    return LabelledPixels(stack_pixels(pixels), tuple(truth))
 
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:

@@ -6,6 +6,7 @@ and standard deviation the backbone was trained with. Pixels stay uint8 until th
 # C channels (3), H height, W width
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,10 @@ class Preprocessing(BaseModel):
 
 
 def to_pixels(rgb_HWC: NDArray[np.uint8], preprocessing: Preprocessing, limits: ImageLimits) -> Tensor:
-    """[3, H, W] uint8 pixels of an RGB picture: shorter side resized, centre cropped, as timm does it."""
+    """[3, H, W] uint8 pixels of an RGB picture: shorter side resized, centre cropped, as timm does it.
+
+    They lie in memory pixel by pixel, as they were decoded (torch's `channels_last`).
+    """
     height, width, _ = rgb_HWC.shape
     size = _resized_size((width, height), preprocessing)
     if size[0] * size[1] > limits.max_pixels:
@@ -76,24 +80,31 @@ def to_pixels(rgb_HWC: NDArray[np.uint8], preprocessing: Preprocessing, limits: 
     left = round((size[0] - preprocessing.width) / 2.0)
     bottom, right = top + preprocessing.height, left + preprocessing.width
     if (width, height) == size:
-        crop_CHW = rgb_HWC.transpose(2, 0, 1)[:, top:bottom, left:right]
+        crop_HWC = rgb_HWC[top:bottom, left:right]
     elif preprocessing.decoding == 2:
         resized = Image.fromarray(rgb_HWC).resize(size, _RESAMPLING[preprocessing.interpolation])
-        crop_CHW = np.asarray(resized.crop((left, top, right, bottom))).transpose(2, 0, 1)
+        crop_HWC = np.asarray(resized.crop((left, top, right, bottom)))
     else:
-        crop_CHW = _resized_by_torch(rgb_HWC, size, preprocessing)[:, top:bottom, left:right]
+        crop_HWC = _resized_by_torch(rgb_HWC, size, preprocessing)[top:bottom, left:right]
     # NumPy copies on this thread. torch would share so small a copy among threads, which then wait for each
     # other while the processors are busy: milliseconds instead of microseconds (docs/experiments.md).
-    return torch.from_numpy(np.array(crop_CHW, order="C"))
+    return torch.from_numpy(np.array(crop_HWC, order="C")).permute(2, 0, 1)
 
 
 def _resized_by_torch(
     rgb_HWC: NDArray[np.uint8], size: tuple[int, int], preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
-    """[3, H, W] pixels of the whole picture at a width and height."""
-    given_1CHW = torch.from_numpy(rgb_HWC).permute(2, 0, 1)[None]
+    """[H, W, 3] pixels of the whole picture at a width and height."""
+    # In this order: of a batch of one made last, torch does not see that it lies pixel by pixel.
+    given_1CHW = torch.from_numpy(rgb_HWC)[None].permute(0, 3, 1, 2)
     mode, shape = preprocessing.interpolation, (size[1], size[0])
-    return interpolate(given_1CHW, size=shape, mode=mode, antialias=True)[0].numpy()
+    resized_1CHW = interpolate(given_1CHW, size=shape, mode=mode, antialias=True)
+    return resized_1CHW[0].permute(1, 2, 0).numpy()
+
+
+def stack_pixels(pixels: Sequence[Tensor]) -> Tensor:
+    """[B, 3, H, W] of the [3, H, W] pixels of pictures, which lie pixel by pixel as each of them does."""
+    return torch.stack([one_CHW.permute(1, 2, 0) for one_CHW in pixels]).permute(0, 3, 1, 2)
 
 
 def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:

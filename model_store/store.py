@@ -51,7 +51,7 @@ from model_store.revision import (
     unchecked_revision,
 )
 from model_store.signatures import Signature
-from model_store.tuning import Tuning
+from model_store.tuning import HARDWARE_SEPARATOR, Tuning
 
 log = logging.getLogger("tosca.store")
 # Share of an epoch's first tasks that may change before the next revision is in no epoch.
@@ -136,8 +136,12 @@ class ModelStore:
         return number
 
     def tuning(self, fingerprint: str, hardware: str) -> Tuning | None:
-        """The newest tuning of a backbone on a kind of hardware; unreadable ones are passed over."""
+        """The newest tuning of a backbone on a kind of hardware; unreadable ones are passed over.
+
+        Where there is none, the newest of an earlier version, which said less of the processor.
+        """
         folder = f"backbones/{fingerprint}/tunings"
+        said_less = None
         for number in range(max(self._numbers(folder), default=0), 0, -1):
             path = _numbered(folder, number)
             try:
@@ -147,7 +151,9 @@ class ModelStore:
                 continue
             if tuning.hardware == hardware:
                 return tuning
-        return None
+            if said_less is None and hardware.startswith(f"{tuning.hardware}{HARDWARE_SEPARATOR}"):
+                said_less = tuning
+        return said_less
 
     def export(self, fingerprint: str, sha256: str) -> bytes:
         """An exported form of a backbone, verified against its name."""

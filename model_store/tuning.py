@@ -12,6 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field
 from model_store.manifest import Sha256
 
 SPEED_TOLERANCE = 0.1  # what shorter passes may cost
+HARDWARE_SEPARATOR = ";"  # before what earlier versions did not say of a processor
+_GENERATION = ("cpu family", "model", "CPU implementer", "CPU part")  # x86, ARM
+_SHORT_NUMBERS = frozenset(
+    [
+        "avx_vnni",
+        "avx_vnni_int8",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_int8",
+        "amx_bf16",
+        "amx_fp16",
+        "i8mm",
+        "bf16",
+        "asimddp",
+    ]
+)
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -127,16 +144,25 @@ def best_streams(measured: Sequence[StreamsMeasurement]) -> int:
 
 
 def hardware_name(device: torch.device) -> str:
-    """The kind of hardware a tuning holds for: the processor and its vector instructions, or the GPU."""
+    """The kind of hardware a tuning holds for: the GPU, or the processor and its vector instructions.
+
+    In a virtual machine a processor may have its maker's name alone, and lack instructions that others of
+    its kind have: on Linux its generation and its instructions for short numbers are in the name.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        about = _about_processor(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:  # not Linux
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        about = {}
+    name = about.get("model name") or platform.processor() or platform.machine()
+    generation = [f"{key} {about[key]}" for key in _GENERATION if key in about]
+    able = sorted(_SHORT_NUMBERS.intersection(about.get("flags", about.get("Features", "")).split()))
+    parts = f"{name}, {torch.backends.cpu.get_cpu_capability()}", ", ".join(generation), " ".join(able)
+    return f"{HARDWARE_SEPARATOR} ".join(part for part in parts if part)
+
+
+def _about_processor(cpuinfo: str) -> dict[str, str]:
+    """What Linux tells of the first processor."""
+    pairs = (line.partition(":")[::2] for line in cpuinfo.partition("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, value in pairs}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model_store.backbone import Backbone
 from model_store.deferred import NotInMemory, from_memory_alone
+from model_store.preprocess import stack_pixels
 from service.cls_cache import ClsCache
 from service.device_queue import Batch, DeviceQueue, Waiting
 from service.errors import DeadlineExceeded, DeviceOutOfMemory, EngineStopped, NotFinite
@@ -192,7 +193,7 @@ class Inference:
         known = {entry.key: self._cache.peek(entry.key) for entry in live}
         missing = {entry.key: entry.pixels for entry in live if known[entry.key] is None}
         if missing:
-            fresh_BD = self._embed_pixels(torch.stack(list(missing.values())), stream)
+            fresh_BD = self._embed_pixels(stack_pixels(list(missing.values())), stream)
             for key, cls_D in zip(missing, fresh_BD, strict=True):
                 known[key] = cls_D
                 self._cache.put(key, cls_D)

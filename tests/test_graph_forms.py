@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model_store.backbone import BackboneArtefact, build_model
 from model_store.preprocess import Preprocessing
+from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
 from model_store.runtimes.split_attention import SplitAttention, split_attention
 from model_store.runtimes.torch_runtime import Embedding
@@ -27,29 +28,34 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_of(architecture: str, **options: Any) -> Any:
+def model_of(architecture: str, image_size: tuple[int, int] = (SIDE, SIDE), **options: Any) -> Any:
     """With random weights everywhere: some are zero or one before training, where a mistake would not show."""
-    model = build_model(architecture, (SIDE, SIDE), **options)
+    model = build_model(architecture, image_size, **options)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
-def embed(model: Any) -> Tensor:
-    pixels_BCHW = torch.randint(
-        0, 256, (3, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(2), dtype=torch.uint8
-    )
-    geometry = Preprocessing(
-        height=SIDE,
-        width=SIDE,
+def geometry(height: int = SIDE, width: int = SIDE) -> Preprocessing:
+    return Preprocessing(
+        height=height,
+        width=width,
         crop_fraction=1.0,
         interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
+        mean=(0.48, 0.46, 0.41),
+        std=(0.27, 0.26, 0.28),
     )
+
+
+def embed(model: Any, chosen: Preprocessing | None = None, precision: str = "float32") -> Tensor:
+    chosen = chosen or geometry()
+    shape = (3, 3, chosen.height, chosen.width)
+    generator = torch.Generator().manual_seed(2)
+    pixels_BCHW = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    embedding = Embedding(model, chosen, precision).eval()
     with torch.inference_mode():
-        cls_BD: Tensor = Embedding(model, geometry).eval()(pixels_BCHW)
+        cls_BD: Tensor = embedding(embedding.prepare(pixels_BCHW))
     return cls_BD
 
 
@@ -70,6 +76,68 @@ def test_attention_written_out_gives_the_same_vector(options: dict[str, Any]) ->
     is_split = [isinstance(block.attn, SplitAttention) for block in model.blocks[:-1]]
     assert set(is_split) == {not options.get("qk_norm", False)}
     torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_layer_that_reads_bytes_gives_the_same_vector(options: dict[str, Any]) -> None:
+    model = model_of(PLAIN, **options)
+    whole_BD = embed(model)
+    assert byte_patches(model, geometry()) is model
+    assert isinstance(model.patch_embed, BytePatches)
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_of_a_picture_that_is_no_square_keep_their_places() -> None:
+    chosen = geometry(height=48, width=32)
+    model = model_of(PLAIN, image_size=(48, 32))
+    whole_BD = embed(model, chosen)
+    torch.testing.assert_close(embed(byte_patches(model, chosen), chosen), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [SIDE, 16], ids=["patches", "one patch"])
+def test_cutting_patches_leaves_the_picture_as_it_is(side: int) -> None:
+    pixels_BCHW = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    before_BCHW = pixels_BCHW.clone()
+    patches_BNP = cut_patches(pixels_BCHW, 3 * 16 * 16)
+    assert (patches_BNP.shape, patches_BNP.dtype) == ((1, (side // 16) ** 2, 768), torch.int8)
+    assert torch.equal(pixels_BCHW, before_BCHW)
+    assert torch.equal(cut_patches(pixels_BCHW.contiguous(), 3 * 16 * 16), patches_BNP)
+
+
+def test_bytes_are_exact_in_bfloat16_where_normalised_pixels_are_not() -> None:
+    """The first layer's own error, that of its weights apart: they are rounded beforehand."""
+    model = model_of(PLAIN)
+    read = byte_patches(model_of(PLAIN), geometry())
+    for one in (model.patch_embed.proj, read.patch_embed.product):
+        one.weight.data = one.weight.data.bfloat16().float()
+    pixels_BCHW = torch.randint(0, 256, (4, 3, SIDE, SIDE), dtype=torch.uint8)
+    patches_BNP = Embedding(read, geometry()).prepare(pixels_BCHW)
+    exact_BND = read.patch_embed(patches_BNP.float())
+    assert torch.equal(read.patch_embed(patches_BNP.bfloat16().float()), exact_BND)
+    normalised_BCHW = (pixels_BCHW.float() / 255 - 0.5) / 0.3
+    rounded_BND = model.patch_embed(normalised_BCHW.bfloat16().float())
+    assert not torch.equal(rounded_BND, model.patch_embed(normalised_BCHW))
+
+
+def test_rounded_weights_do_not_count_for_the_mean_of_all_bytes() -> None:
+    """Bytes from 0 to 255 would: their untrained ViT-Tiny's vectors fall to 0.9988."""
+    chosen = geometry(224, 224)
+    model = build_model(PLAIN, (224, 224))
+    exact_BD = embed(model, chosen)
+    rounded_BD = embed(byte_patches(model, chosen), chosen, "bfloat16")
+    assert float(torch.cosine_similarity(rounded_BD, exact_BD).min()) > 0.9998
+
+
+def test_another_first_layer_stays_as_it_is() -> None:
+    for model in (model_of(PLAIN, dynamic_img_size=True), model_of("deit_tiny_distilled_patch16_224")):
+        before = model.patch_embed
+        assert byte_patches(model, geometry()).patch_embed is before
+
+
+def test_pictures_that_patches_do_not_fill_are_left_to_timm() -> None:
+    model = model_of(PLAIN, image_size=(40, 40))
+    before = model.patch_embed
+    assert byte_patches(model, geometry(40, 40)).patch_embed is before
 
 
 def test_the_other_tokens_are_not_computed() -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 from pictures import encoded, noise
 from PIL import Image, ImageFilter
+from torch.nn.functional import interpolate
 
 from model_store.decoding import ImageLimits
-from model_store.preprocess import DECODING, Decoding, Preprocessing, load_pixels, to_pixels
+from model_store.preprocess import DECODING, Decoding, Preprocessing, load_pixels, stack_pixels, to_pixels
 from model_store.timm_import import load_timm
 
 LIMITS = ImageLimits()
@@ -131,10 +132,32 @@ def test_normalised_pixels_equal_those_of_timm() -> None:
     torch.testing.assert_close(ours, timm_transform(chosen, normalize=True)(image), rtol=0, atol=1e-5)
 
 
-def test_pixels_are_bytes_channel_first() -> None:
-    pixels_CHW = load_pixels(encoded(noise(size=(50, 40))), preprocessing(32, 48, 1.0), LIMITS)
+@pytest.mark.parametrize("decoding", [2, 3])
+@pytest.mark.parametrize("size", [(50, 40), (48, 32)], ids=["resized", "of the right size"])
+def test_pixels_are_bytes_channel_first_and_lie_pixel_by_pixel(
+    size: tuple[int, int], decoding: Decoding
+) -> None:
+    chosen = preprocessing(32, 48, 1.0, decoding=decoding)
+    pixels_CHW = load_pixels(encoded(noise(size=size)), chosen, LIMITS)
     assert (pixels_CHW.shape, pixels_CHW.dtype) == ((3, 32, 48), torch.uint8)
-    assert pixels_CHW.is_contiguous()
+    assert pixels_CHW.permute(1, 2, 0).is_contiguous()
+    pixels_BCHW = stack_pixels([pixels_CHW, pixels_CHW + 1])
+    assert pixels_BCHW.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pixels_BCHW, torch.stack([pixels_CHW, pixels_CHW + 1]))
+
+
+def test_torch_resizes_without_turning_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does so, in more time, unless it sees that they lie pixel by pixel."""
+    lying: list[bool] = []
+
+    def watched(given: torch.Tensor, **options: Any) -> torch.Tensor:
+        made = interpolate(given, **options)
+        lying.append(made.is_contiguous(memory_format=torch.channels_last))
+        return made
+
+    monkeypatch.setattr("model_store.preprocess.interpolate", watched)
+    to_pixels(np.array(smooth((300, 200))), preprocessing(), LIMITS)
+    assert lying == [True]
 
 
 def test_a_picture_of_the_right_size_is_left_alone() -> None:

@@ -282,6 +282,54 @@ def test_the_newest_tuning_of_this_hardware_counts(tiny_store: ModelStore, tiny_
     assert Tuning.model_validate_json(found.model_dump_json()) == found
 
 
+def test_a_tuning_that_says_less_of_the_processor_counts_where_none_says_all(
+    tiny_store: ModelStore, tiny_tuned: Tuned
+) -> None:
+    """As those of earlier versions do: an upgrade must not fall back to torch."""
+    full, brief, fingerprint = "Maker; family 26", "Maker", tiny_tuned.tuning.backbone_fingerprint
+
+    def put(hardware: str, chosen: str) -> None:
+        given = {"hardware": hardware, "chosen": chosen}
+        tiny_store.put_tuning(tiny_tuned.tuning.model_copy(update=given), None)
+
+    def chosen_on(hardware: str) -> str | None:
+        return found.chosen if (found := tiny_store.tuning(fingerprint, hardware)) else None
+
+    put(brief, REFERENCE)
+    put(brief, "torch-bfloat16")
+    put("Maker; family 25", ONNX)
+    assert chosen_on(full) == "torch-bfloat16"
+    assert chosen_on("Makers; family 26") is None
+    put(full, "openvino-int8")
+    put(brief, REFERENCE)
+    assert chosen_on(full) == "openvino-int8"
+
+
+PROCESSORS = {
+    "x86, a guest without AMX": (
+        "processor\t: 0\nvendor_id\t: GenuineIntel\ncpu family\t: 6\nmodel\t\t: 143\nmodel name\t: Xeon\n"
+        "flags\t\t: fpu avx512_vnni avx512_bf16\n\nprocessor\t: 1\nmodel name\t: another\n",
+        "Xeon, AVX; cpu family 6, model 143; avx512_bf16 avx512_vnni",
+    ),
+    "ARM, which has no name": (
+        "processor\t: 0\nFeatures\t: fp asimddp i8mm bf16\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n",
+        "there, AVX; CPU implementer 0x41, CPU part 0xd40; asimddp bf16 i8mm",
+    ),
+    "nothing": ("", "there, AVX"),
+}
+
+
+@pytest.mark.parametrize(("cpuinfo", "name"), PROCESSORS.values(), ids=PROCESSORS)
+def test_a_processor_is_named_by_what_matters_to_a_tuning(
+    cpuinfo: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_, **__: cpuinfo)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "there")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX")
+    assert hardware_name(CPU) == name
+
+
 @pytest.mark.parametrize("written", [b"", b"{}", b"\xff", b'{"created_at": null}'])
 def test_an_unreadable_tuning_stands_in_no_other_ones_way(
     written: bytes, tiny_store: ModelStore, tiny_tuned: Tuned, caplog: pytest.LogCaptureFixture

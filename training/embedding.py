@@ -15,7 +15,7 @@ from model_store.backbone import Backbone
 from model_store.compute_threads import use_one_compute_thread
 from model_store.decoding import ImageLimits
 from model_store.errors import InvalidImage
-from model_store.preprocess import load_pixels
+from model_store.preprocess import load_pixels, stack_pixels
 from training.pictures import PicturePath
 
 BATCH_SIZE = 16  # on the CPU, where larger batches gain nothing
@@ -55,7 +55,7 @@ def embed_batch(backbone: Backbone, pixels: Iterable[tuple[str, Tensor | str]]) 
     good = {sha256: one for sha256, one in decoded.items() if isinstance(one, Tensor)}
     if not good:
         return {**decoded}
-    cls_BD = backbone.embed(torch.stack(list(good.values()))).cpu()
+    cls_BD = backbone.embed(stack_pixels(list(good.values()))).cpu()
     return {**decoded, **dict(zip(good, cls_BD, strict=True))}
 
 

@@ -13,7 +13,7 @@ from benchmarks.peers.ordinary import ordinary_backbone, ordinary_pixels
 from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
-from model_store.preprocess import load_pixels
+from model_store.preprocess import load_pixels, stack_pixels
 from model_store.publishing import Publisher
 from model_store.runtimes.runtime import runtime_kind
 from model_store.store import ModelStore
@@ -45,5 +45,5 @@ class Answering:
         return self._to_pixels(data, self._backbone.preprocessing, LIMITS)
 
     def answer(self, pixels: Sequence[Tensor]) -> list[dict[str, Any]]:
-        cls_BD = self._backbone.embed(torch.stack(list(pixels)))
+        cls_BD = self._backbone.embed(stack_pixels(pixels))
         return [asdict(one) for one in self._bank.answer(cls_BD)]

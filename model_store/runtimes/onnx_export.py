@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model_store.errors import InvalidBackbone
+from model_store.runtimes.byte_patches import as_graph_reads
 from model_store.runtimes.torch_runtime import Embedding
 
 INPUT, OUTPUT = "pixels", "cls"
@@ -19,14 +20,14 @@ OPSET = 20
 
 
 def export_float(embedding: Embedding) -> bytes:
-    """The float32 graph from [B, 3, H, W] uint8 pixels to [B, D] CLS vectors, for any B.
+    """The float32 graph from uint8 pixels, as the embedding prepares them, to [B, D] CLS vectors, for any B.
 
     Raises InvalidBackbone when torch cannot express the model as a graph, and for more than 2 GiB.
     """
     size_bytes = sum(value.numel() * 4 for value in embedding.state_dict().values())
     if size_bytes > MAX_BYTES - 2**24:
         raise InvalidBackbone(f"{size_bytes} bytes of weights exceed the 2 GiB an ONNX file may have")
-    example = torch.zeros((2, 3, *embedding.image_size), dtype=torch.uint8)
+    example = embedding.prepare(torch.zeros((2, 3, *embedding.image_size), dtype=torch.uint8))
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
@@ -53,12 +54,14 @@ def export_float(embedding: Embedding) -> bytes:
 
 
 def quantise_weights(export: bytes) -> bytes:
-    """The float32 graph with int8 weights in its linear layers, symmetric, one scale an output channel."""
+    """The float32 graph with int8 weights in its linear layers, symmetric, one scale an output channel; but
+    for the first, whose numbers are exact as they are."""
     graph = onnx.load_model_from_string(export)
     weights = {item.name: item for item in graph.graph.initializer}
+    of_bytes = {node.output[0] for node in graph.graph.node if node.op_type == "Cast"}
     nodes: list[onnx.NodeProto] = []
     for node in graph.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
+        if node.op_type == "MatMul" and node.input[1] in weights and node.input[0] not in of_bytes:
             name = node.input[1]
             item = weights.pop(name)  # a weight that two layers share stays as it is for the second
             weight_IO = onnx.numpy_helper.to_array(item)
@@ -105,9 +108,10 @@ def calibrate_static(export: bytes, pixels_NCHW: Tensor) -> bytes:
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             one = next(self._left, None)
-            return None if one is None else {INPUT: one[None].numpy()}
+            return None if one is None else {INPUT: as_graph_reads(one[None], shape).numpy()}
 
     graph = onnx.load_model_from_string(export)
+    shape = [axis.dim_value for axis in graph.graph.input[0].type.tensor_type.shape.dim]
     add_pre_process_metadata(graph)  # the exporter has inferred shapes and folded constants already
     normed = {node.output[0] for node in graph.graph.node if node.op_type == "LayerNormalization"}
     chosen = [node.name for node in graph.graph.node if node.op_type == "MatMul" and node.input[0] in normed]

@@ -5,6 +5,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from model_store.runtimes.byte_patches import as_graph_reads
 from model_store.runtimes.onnx_export import INPUT, OUTPUT
 
 onnxruntime.disable_telemetry_events()  # a serving process tells nobody what it does
@@ -18,9 +19,10 @@ class OnnxRuntime:
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self.device = torch.device("cpu")
         self._session = session
+        self._shape = session.get_inputs()[0].shape
 
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        (cls_BD,) = self._session.run([OUTPUT], {INPUT: pixels_BCHW.numpy()})
+        (cls_BD,) = self._session.run([OUTPUT], {INPUT: as_graph_reads(pixels_BCHW, self._shape).numpy()})
         return torch.from_numpy(np.asarray(cls_BD))
 
 

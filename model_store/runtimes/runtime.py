@@ -37,6 +37,12 @@ class RuntimeKind:
     precision: str  # of the matrix products
     export: ExportForm | None  # None: runs the weights themselves
     device_types: tuple[str, ...] = ("cpu",)
+    form: int = 1  # raised where the same weights give other vectors than before
+
+    @property
+    def variant(self) -> str:
+        """Tells its vectors apart from those of others, and from its own of earlier forms."""
+        return self.name if self.form == 1 else f"{self.name}-{self.form}"
 
     def unavailable_on(self, device: torch.device) -> str | None:
         """Why this runtime cannot run here, or None when it can."""
@@ -54,7 +60,7 @@ class RuntimeKind:
 
 KINDS = (
     RuntimeKind("torch-float32", "torch", "float32", None, ("cpu", "cuda")),
-    RuntimeKind("torch-bfloat16", "torch", "bfloat16", None, ("cpu", "cuda")),
+    RuntimeKind("torch-bfloat16", "torch", "bfloat16", None, ("cpu", "cuda"), form=2),
     RuntimeKind("onnxruntime-float32", "onnxruntime", "float32", "float"),
     RuntimeKind("onnxruntime-int8", "onnxruntime", "int8", "static8"),
     RuntimeKind("openvino-float32", "openvino", "float32", "float"),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model_store.preprocess import Preprocessing
+from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import for_cls_alone
 
 _DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -16,7 +17,8 @@ _WARM_UP_PASSES = 3
 
 
 class Embedding(nn.Module):
-    """A timm model with the normalisation before it and the choice of the CLS token after it."""
+    """A timm model with the normalisation before it, unless it reads bytes, and the choice of the CLS token
+    after it."""
 
     scale_C11: Tensor
     shift_C11: Tensor
@@ -30,13 +32,23 @@ class Embedding(nn.Module):
         self._forward_features: Callable[[Tensor], Tensor] = cast(Any, model).forward_features
         mean_C11 = torch.tensor(preprocessing.mean).view(-1, 1, 1)
         std_C11 = torch.tensor(preprocessing.std).view(-1, 1, 1)
+        patch_embed = getattr(model, "patch_embed", None)
+        self._num_patch_bytes = patch_embed.num_bytes if isinstance(patch_embed, BytePatches) else None
         model.to(self._dtype)
         self.register_buffer("scale_C11", 1.0 / (255.0 * std_C11), persistent=False)
         self.register_buffer("shift_C11", mean_C11 / std_C11, persistent=False)
 
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        scaled_BCHW = pixels_BCHW.float() * self.scale_C11 - self.shift_C11
-        tokens_BND = self._forward_features(scaled_BCHW.to(self._dtype))
+    def prepare(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] uint8 pixels as `forward` wants them: in patches where the model reads bytes, else
+        channel by channel."""
+        if self._num_patch_bytes is None:
+            return pixels_BCHW.contiguous()
+        return cut_patches(pixels_BCHW, self._num_patch_bytes)
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        if self._num_patch_bytes is None:
+            prepared = prepared.float() * self.scale_C11 - self.shift_C11
+        tokens_BND = self._forward_features(prepared.to(self._dtype))
         return tokens_BND[:, 0].float()
 
 
@@ -51,7 +63,8 @@ class TorchRuntime:
 
     @torch.inference_mode()
     def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        cls_BD: Tensor = self._embedding(pixels_BCHW.to(self.device, non_blocking=True))
+        pixels_BCHW = pixels_BCHW.to(self.device, non_blocking=True)
+        cls_BD: Tensor = self._embedding(self._embedding.prepare(pixels_BCHW))
         return cls_BD
 
 
@@ -72,9 +85,11 @@ class CudaGraphRuntime:
         self.device = device
         self.batch_buckets = batch_buckets
         self._embedding = embedding.to(device).eval()
-        largest = (batch_buckets[-1], 3, *embedding.image_size)
-        self._staging_BCHW = torch.zeros(largest, dtype=torch.uint8, pin_memory=True)
-        self._input_BCHW = torch.zeros(largest, dtype=torch.uint8, device=device)
+        height, width = embedding.image_size
+        largest = (batch_buckets[-1], height, width, 3)  # as pictures lie in memory
+        staging_BHWC = torch.zeros(largest, dtype=torch.uint8, pin_memory=True)
+        self._staging_BCHW = staging_BHWC.permute(0, 3, 1, 2)
+        self._input_BCHW = torch.zeros(largest, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
         self._staged = torch.cuda.Event()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         with torch.inference_mode():
@@ -87,12 +102,12 @@ class CudaGraphRuntime:
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):  # libraries allocate and choose kernels before the capture
             for _ in range(_WARM_UP_PASSES):
-                self._embedding(pixels_BCHW)
+                self._embedding(self._embedding.prepare(pixels_BCHW))
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values()))[0].pool() if self._graphs else None
         with torch.cuda.graph(graph, pool=pool):
-            cls_BD = self._embedding(pixels_BCHW)
+            cls_BD = self._embedding(self._embedding.prepare(pixels_BCHW))
         return graph, cls_BD
 
     @torch.inference_mode()
@@ -114,8 +129,10 @@ class CudaGraphRuntime:
 def load_torch(
     model: nn.Module, preprocessing: Preprocessing, precision: str, device: torch.device
 ) -> TorchRuntime | CudaGraphRuntime:
-    """The model on its device: on CUDA as graphs, for the CLS token alone; elsewhere as it is, since the
-    other runtimes are compared with it there."""
+    """The model on its device: on CUDA as graphs, for the CLS token alone; in bfloat16 reading bytes. On the
+    CPU in float32 it stays as it is, since all others are compared with it there."""
+    if precision != "float32":
+        model = byte_patches(model, preprocessing)
     if device.type == "cuda":
         embedding = Embedding(for_cls_alone(model), preprocessing, precision)
         with torch.cuda.device(device):
