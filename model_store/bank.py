@@ -10,7 +10,7 @@ added over the tasks of a label space, and found by the exact search of `model_s
 # B batch, N vectors, K classes (of one task or of all), C classes of one task, T tasks, D features,
 # M calibration vectors
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -242,9 +242,10 @@ class ModuleBank:
         on_stage("selected")
         found = joint.search(cls_BD, score_BK, log_task_BT, top_k, threshold)
         on_stage("evaluated")
-        winner_B = torch.tensor([one.entries[0].task for one in found], dtype=torch.int64, device=self.device)
+        winners = [one.entries[0].task for one in found]
+        winner_B = torch.tensor(winners, dtype=torch.int64, device=self.device)
         task_prob_B = log_task_BT.gather(1, winner_B[:, None]).exp().squeeze(1).tolist()
-        p_values = self._p_values(score_BK, winner_B)
+        p_values = self._p_values(score_BK, winners)
         return [
             self._compose(
                 one, task_probability, p_value, top_k, threshold, abstain_level, least_listed=least_listed
@@ -302,14 +303,17 @@ class ModuleBank:
         """The joint model of task `t` alone, whatever space it belongs to."""
         return replace(self._joint, spaces=self.spaces.alone(t))
 
-    def _p_values(self, score_BK: Tensor, winner_B: Tensor) -> list[float]:
+    def _p_values(self, score_BK: Tensor, winners: Sequence[int]) -> list[float]:
         """How typical each picture is of the task that answers it: conformal, by its best selection score."""
-        p_value_B = torch.ones(len(winner_B), dtype=torch.float64, device=self.device)
-        for t in winner_B.unique().tolist():
-            rows = (winner_B == t).nonzero().squeeze(1)
-            best_N = score_BK[rows, self._classes(t)].max(dim=1).values
-            p_value_B[rows] = conformal_p_values(best_N, self._known_vectors_of(t).best_score_M)
-        return p_value_B.tolist()
+        p_values = [1.0] * len(winners)
+        for t in sorted(set(winners)):
+            best_B = score_BK[:, self._classes(t)].amax(dim=1)
+            of_all = conformal_p_values(best_B, self._known_vectors_of(t).best_score_M).tolist()
+            p_values = [
+                own if winner == t else given
+                for winner, own, given in zip(winners, of_all, p_values, strict=True)
+            ]
+        return p_values
 
     def _answer_by_entropy(
         self, cls_BD: Tensor, top_k: int, abstain_level: float, on_stage: Callable[[Stage], None]
@@ -321,7 +325,7 @@ class ModuleBank:
         value_BK, class_BK = rule.prob_BK.topk(min(top_k, rule.prob_BK.shape[1]), dim=1)
         task_BK = self.task_of_class_K[class_BK]
         score_BK = self._weighing.scores_of(task_BK[:, 0].unique().tolist(), cls_BD)
-        p_values = self._p_values(score_BK, task_BK[:, 0])
+        p_values = self._p_values(score_BK, task_BK[:, 0].tolist())
         answers = []
         for b, module_index in enumerate(rule.module_B.tolist()):
             entries = tuple(

@@ -67,18 +67,23 @@ class JointModel:
         known: KnownLogits | None = None,
     ) -> tuple[Tensor, Tensor]:
         """([N, L] joint probabilities of a space's labels, [N, L] the task that contributes most)."""
-        prob_NL = log_task_NT.new_zeros(len(cls_ND), len(space.labels))
-        best_NL = log_task_NT.new_full(prob_NL.shape, -1.0)
-        task_NL = torch.full(prob_NL.shape, space.members[0], device=prob_NL.device)
-        for t, position_C in zip(space.members, space.position_C, strict=True):
+
+        def of_task(t: int) -> Tensor:
             if known is not None and known.task == t:
                 logits_NC = known.logits_BK
             else:
                 logits_NC = self.modules[t].whole().logits(cls_ND)
             log_class_NC = self.blend.class_log_probs(logits_NC, score_NK[:, self.classes(t)])
-            joint_NC = (log_class_NC + log_task_NT[:, t, None]).exp()
-            if len(space.members) == 1:
-                return joint_NC, task_NL
+            return (log_class_NC + log_task_NT[:, t, None]).exp()
+
+        if len(space.members) == 1:
+            joint_NC = of_task(space.members[0])
+            return joint_NC, torch.full(joint_NC.shape, space.members[0], device=joint_NC.device)
+        prob_NL = log_task_NT.new_zeros(len(cls_ND), len(space.labels))
+        best_NL = log_task_NT.new_full(prob_NL.shape, -1.0)
+        task_NL = torch.full(prob_NL.shape, space.members[0], device=prob_NL.device)
+        for t, position_C in zip(space.members, space.position_C, strict=True):
+            joint_NC = of_task(t)
             prob_NL[:, position_C] += joint_NC
             better_NC = joint_NC > best_NL[:, position_C]
             task_NL[:, position_C] = torch.where(better_NC, t, task_NL[:, position_C])
@@ -107,9 +112,10 @@ class JointModel:
                 groups.setdefault(candidates[b][rank].space, []).append(b)
             for s, rows in sorted(groups.items()):
                 space = self.spaces[s]
-                stand_in = KnownLogits(known.task, known.logits_BK[rows]) if known else None
+                row_N = torch.tensor(rows, device=cls_BD.device)
+                stand_in = KnownLogits(known.task, known.logits_BK[row_N]) if known else None
                 prob_NL, task_NL = self.label_probs(
-                    space, cls_BD[rows], score_BK[rows], log_task_BT[rows], stand_in
+                    space, cls_BD[row_N], score_BK[row_N], log_task_BT[row_N], stand_in
                 )
                 for b, entries in zip(
                     rows, self._entries(space, prob_NL, task_NL, top_k, threshold), strict=True

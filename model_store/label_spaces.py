@@ -75,7 +75,8 @@ class LabelSpaces:
         if (space := self.shared.get(s)) is not None:
             return space
         t = self.first_task[s]
-        return _make_space(self.modules, (t,), self.num_labels_S.device)
+        labels = self.modules[t].labels
+        return LabelSpace((t,), labels, (torch.arange(len(labels), device=self.num_labels_S.device),))
 
     def of_task(self, t: int) -> LabelSpace:
         return self[int(self.space_of_task_T[t])]
