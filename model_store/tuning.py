@@ -102,10 +102,11 @@ class StreamsMeasurement(_Record):
 class Tuning(_Record):
     """The table of all runtimes on one kind of hardware, and the fastest that passed the gate.
 
-    Records of format 1 tell of no streams: one pass at a time.
+    Records of format 1 tell of no streams: one pass at a time. Exports of format 3 may read patches of bytes,
+    which earlier versions do not give them: these pass such records over.
     """
 
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = 3
     backbone_fingerprint: Sha256
     hardware: str  # see `hardware_name`
     num_threads: int
