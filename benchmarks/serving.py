@@ -35,7 +35,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from PIL import Image
 from benchmarks.agreement import cosine_with_ours, decoded, share_of_same_answers
 from benchmarks.decoding import large_jpeg, photographs_at_hand
 from benchmarks.machine import machine
-from benchmarks.peers.ordinary import ordinary_backbone, ordinary_export
+from benchmarks.peers.ordinary import ordinary_backbone, ordinary_export, ordinary_stack
 from benchmarks.servers import (
     MAX_BATCH_SIZE,
     OURS,
@@ -63,6 +63,7 @@ from model_store.backbone_loading import load_backbone
 from model_store.backbone_sources import from_timm
 from model_store.measuring import Plan, time_side_by_side, tune
 from model_store.parity import read_labelled
+from model_store.preprocess import stack_pixels
 from model_store.store import ModelStore
 from training.trainer import train_task
 
@@ -160,7 +161,7 @@ def measure(scenario: Scenario, threads: int, folder: Path) -> dict[str, Any]:
     alone = pass_alone(load_backbone(store, num_threads=threads, num_streams=1))
     side_by_side = pass_alone(load_backbone(store, num_threads=threads))
     served = export_ordinarily(scenario, str(alone["runtime"]), threads, folder)
-    ordinary = pass_alone(load_ordinary(served))
+    ordinary = pass_alone(load_ordinary(served), ordinary_stack)
     cosine = cosine_with_ours(served, load_ordinary(served), scenario.pictures)
     expected: list[dict[str, Any]] = []
     same_answers: dict[str, float] = {}
@@ -244,13 +245,15 @@ def median(runs: list[dict[str, float]], name: str) -> float:
 # -- without a server --------------------------------------------------------------------------------
 
 
-def pass_alone(backbone: Backbone) -> dict[str, Any]:
-    """Images per second of a backbone on decoded pixels, at the best of the batch sizes, with all its streams
-    side by side."""
+def pass_alone(
+    backbone: Backbone, stack: Callable[[Sequence[torch.Tensor]], torch.Tensor] = stack_pixels
+) -> dict[str, Any]:
+    """Images per second of a backbone on decoded pixels, in batches that `stack` makes, at the best of the
+    batch sizes, with all its streams side by side."""
     side = backbone.preprocessing.height
     best: dict[str, Any] = {"images_per_s": 0.0}
     for batch_size in BATCH_SIZES:
-        pixels = torch.randint(0, 256, (batch_size, 3, side, side), dtype=torch.uint8)
+        pixels = stack([torch.randint(0, 256, (3, side, side), dtype=torch.uint8) for _ in range(batch_size)])
         time_side_by_side(backbone, pixels)
         passes, started = [], time.perf_counter()
         while time.perf_counter() - started < SECONDS / 5:

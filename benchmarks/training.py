@@ -33,7 +33,7 @@ from benchmarks.machine import machine
 from model_store.backbone import Backbone
 from model_store.backbone_loading import load_backbone
 from model_store.decoding import ImageLimits
-from model_store.preprocess import load_pixels
+from model_store.preprocess import load_pixels, stack_pixels
 from model_store.store import ModelStore
 from training.demo import write_demo_pictures
 from training.destinations import FolderDestination, StoreDestination
@@ -222,7 +222,7 @@ def one_pass(source: PictureSource, backbone: Backbone) -> tuple[float, Tensor]:
 def backbone_alone(source: PictureSource, backbone: Backbone) -> float:
     """Seconds of the passes alone, in the batches that training uses. Pixels repeat to save memory."""
     size = CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE
-    pixels_BCHW = torch.stack(
+    pixels_BCHW = stack_pixels(
         [
             load_pixels(one.path.read_bytes(), backbone.preprocessing, ImageLimits())
             for one in source.pictures[:size]

@@ -112,7 +112,7 @@ class JointModel:
                 groups.setdefault(candidates[b][rank].space, []).append(b)
             for s, rows in sorted(groups.items()):
                 space = self.spaces[s]
-                row_N = torch.tensor(rows, device=cls_BD.device)
+                row_N = torch.tensor(rows)
                 stand_in = KnownLogits(known.task, known.logits_BK[row_N]) if known else None
                 prob_NL, task_NL = self.label_probs(
                     space, cls_BD[row_N], score_BK[row_N], log_task_BT[row_N], stand_in

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.arguments import Arguments
-from benchmarks.peers.ordinary import ordinary_backbone, ordinary_pixels
+from benchmarks.peers.ordinary import ordinary_backbone, ordinary_pixels, ordinary_stack
 from model_store.backbone_loading import load_backbone
 from model_store.bank import ModuleBank
 from model_store.decoding import ImageLimits
@@ -28,12 +28,13 @@ class Answering:
         torch.set_num_threads(num_threads)
         store = ModelStore(arguments.store)
         if arguments.engine == "ours":
-            self._backbone, self._to_pixels = load_backbone(store, num_threads=num_threads), load_pixels
+            self._backbone = load_backbone(store, num_threads=num_threads)
+            self._to_pixels, self._stack = load_pixels, stack_pixels
         else:
             artefact = store.backbone(store.require_head().backbone_fingerprint)
             export = Path(arguments.export).read_bytes() if arguments.export else None
             self._backbone = ordinary_backbone(artefact, arguments.runtime, export, num_threads)
-            self._to_pixels = ordinary_pixels
+            self._to_pixels, self._stack = ordinary_pixels, ordinary_stack
         if runtime_kind(self._backbone.runtime_name).engine != "torch":
             torch.set_num_threads(1)  # beside the threads of another engine they cost more than they do
         self._bank: ModuleBank = Publisher(store).active.bank
@@ -45,5 +46,5 @@ class Answering:
         return self._to_pixels(data, self._backbone.preprocessing, LIMITS)
 
     def answer(self, pixels: Sequence[Tensor]) -> list[dict[str, Any]]:
-        cls_BD = self._backbone.embed(stack_pixels(pixels))
+        cls_BD = self._backbone.embed(self._stack(pixels))
         return [asdict(one) for one in self._bank.answer(cls_BD)]

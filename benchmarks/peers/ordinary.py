@@ -5,6 +5,8 @@ the ordinary ones, and not this project's.
 """
 # B batch, C channels, H height, W width, N pictures
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from PIL import Image
@@ -58,3 +60,8 @@ def ordinary_pixels(data: bytes, preprocessing: Preprocessing, limits: ImageLimi
     top = round((height - preprocessing.height) / 2)
     crop = resized.crop((left, top, left + preprocessing.width, top + preprocessing.height))
     return torch.from_numpy(np.array(np.asarray(crop).transpose(2, 0, 1), order="C"))
+
+
+def ordinary_stack(pixels: Sequence[Tensor]) -> Tensor:
+    """[B, 3, H, W], channel by channel as the ordinary graph reads them."""
+    return torch.stack(list(pixels))
