@@ -179,8 +179,8 @@ class Backbone:
         if export is None:
             raise InvalidBackbone(f"runtime {kind.name} needs an exported form: run `tosca backbone tune`")
         num_threads = num_threads or torch.get_num_threads()
-        (whole,) = load_export(kind, export, num_threads)
-        streams = load_export(kind, export, num_threads, num_streams) if num_streams > 1 else ()
+        (whole,) = load_export(kind, export, chosen, num_threads)
+        streams = load_export(kind, export, chosen, num_threads, num_streams) if num_streams > 1 else ()
         sha256 = hashlib.sha256(export).hexdigest()
         return cls(artefact.manifest, whole, kind.name, sha256, streams)
 

@@ -162,8 +162,8 @@ def _measure_streams(
     num_threads: int,
 ) -> tuple[StreamsMeasurement, ...]:
     """A runtime with one pass at a time on all threads, two side by side on half of them each, and so on;
-    nothing for torch, whose passes run one after another."""
-    if export is None:
+    nothing for torch and on CUDA, where passes run one after another."""
+    if export is None or resolve_device(plan.device).type == "cuda":
         return ()
     measured = []
     for num_streams in (2**i for i in range(num_threads.bit_length())):

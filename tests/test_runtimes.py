@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import onnx
 import pytest
@@ -13,13 +15,13 @@ from model_store.errors import InvalidBackbone
 from model_store.measuring import Tuned
 from model_store.runtimes.byte_patches import byte_patches
 from model_store.runtimes.cls_block import for_cls_alone
-from model_store.runtimes.loading import make_export
+from model_store.runtimes.loading import load_export, make_export
 from model_store.runtimes.onnx_export import INPUT, OUTPUT, export_float
 from model_store.runtimes.runtime import KINDS, REFERENCE, RUNTIMES, RuntimeKind, runtime_kind
 from model_store.runtimes.split_attention import split_attention
 from model_store.runtimes.torch_runtime import Embedding
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 HERE = [kind for kind in KINDS if kind.unavailable_on(CPU) is None]
 # Of the worst of the pictures below; the number formats keep 24, 8 and 7 bits.
 MIN_COSINE = {"float32": 0.999999, "bfloat16": 0.999, "int8": 0.998, "int8-bfloat16": 0.998}
@@ -206,14 +208,70 @@ def test_a_backbone_too_large_for_a_graph_is_refused(
 
 
 def test_a_runtime_for_another_device_is_not_available() -> None:
-    reason = runtime_kind("onnxruntime-float32").unavailable_on(torch.device("cuda"))
+    reason = runtime_kind("onnxruntime-int8").unavailable_on(CUDA)
     assert reason == "runs on cpu and not on cuda"
+
+
+def test_onnx_runtime_needs_another_package_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = runtime_kind("onnxruntime-float32")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert "onnxruntime-gpu" in (kind.unavailable_on(CUDA) or "")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    assert kind.unavailable_on(CUDA) is None
+
+
+@pytest.mark.parametrize("falls_back", [False, True], ids=["on CUDA", "fallen back to the CPU"])
+def test_onnx_runtime_asks_for_one_cuda_device_and_bears_no_fallback(
+    falls_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as it can be seen without such a device: what ONNX Runtime is asked for, and what it says."""
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, export: bytes, options: Any, providers: list[Any]) -> None:
+            asked.extend(providers)
+
+        def get_providers(self) -> list[str]:
+            return (
+                ["CPUExecutionProvider"] if falls_back else ["CUDAExecutionProvider", "CPUExecutionProvider"]
+            )
+
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(shape=["B", 196, 768])]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
+    kind, device = runtime_kind("onnxruntime-float32"), torch.device("cuda", 1)
+    if falls_back:
+        with pytest.raises(InvalidBackbone, match="could not load its CUDA provider"):
+            load_export(kind, b"", device, num_threads=1)
+    else:
+        (runtime,) = load_export(kind, b"", device, num_threads=1)
+        assert runtime.device == device
+    (provider, options), fallback = asked
+    assert (provider, options["device_id"], fallback) == (
+        "CUDAExecutionProvider",
+        "1",
+        "CPUExecutionProvider",
+    )
 
 
 def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model_store.runtimes.runtime.find_spec", lambda _: None)
     reason = runtime_kind("openvino-int8").unavailable_on(CPU)
     assert reason is not None and "pip install 'tosca-serving[openvino]'" in reason
+
+
+@pytest.mark.skipif(
+    runtime_kind("onnxruntime-float32").unavailable_on(CUDA) is not None or not torch.cuda.is_available(),
+    reason="needs a CUDA device and onnxruntime-gpu",
+)
+def test_onnx_runtime_on_cuda_agrees_with_torch_on_the_cpu(
+    tiny_artefact: BackboneArtefact, tiny_backbone: Backbone, float_export: bytes
+) -> None:
+    backbone = Backbone.load(tiny_artefact, "cuda", "onnxruntime-float32", export=float_export)
+    torch.testing.assert_close(
+        backbone.embed(pixels(3)).cpu(), tiny_backbone.embed(pixels(3)), rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

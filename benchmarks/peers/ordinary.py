@@ -39,7 +39,7 @@ def ordinary_backbone(
     kind = runtime_kind(runtime)
     loaded: Runtime
     if export is not None:
-        (loaded,) = load_export(kind, export, num_threads, num_streams=1)
+        (loaded,) = load_export(kind, export, resolve_device("auto"), num_threads)
     else:
         embedding = Embedding(artefact.model(), artefact.manifest.preprocessing, kind.precision)
         loaded = TorchRuntime(embedding, resolve_device("auto"))

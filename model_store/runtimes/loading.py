@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import assert_never
 
+import torch
 from torch import Tensor
 
 from model_store.errors import InvalidBackbone
@@ -10,9 +11,10 @@ from model_store.runtimes.runtime import ExportForm, Runtime, RuntimeKind
 
 
 def load_export(
-    kind: RuntimeKind, export: bytes, num_threads: int, num_streams: int = 1
+    kind: RuntimeKind, export: bytes, device: torch.device, num_threads: int, num_streams: int = 1
 ) -> Sequence[Runtime]:
-    """An exported form in the engine of `kind`, as many runtimes as may run side by side on the threads.
+    """An exported form in the engine of `kind`, as many runtimes as may run side by side on the threads of a
+    CPU.
 
     Raises InvalidBackbone when the engine refuses it.
     """
@@ -20,11 +22,13 @@ def load_export(
         if kind.engine == "onnxruntime":
             from model_store.runtimes.onnx_runtime import load_onnxruntime
 
-            return load_onnxruntime(export, num_threads, num_streams)
+            return load_onnxruntime(export, device, num_threads, num_streams)
         if kind.engine == "openvino":
             from model_store.runtimes.openvino_runtime import load_openvino
 
             return load_openvino(export, kind.precision, num_threads, num_streams)
+    except InvalidBackbone:
+        raise
     except Exception as error:  # every engine has its own family of errors
         raise InvalidBackbone(f"{kind.engine} cannot load the exported backbone: {error}") from error
     raise AssertionError(f"{kind.name} runs no export")

@@ -1,12 +1,15 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime on the CPU, and on CUDA where the package onnxruntime-gpu has taken its place."""
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
+from model_store.errors import InvalidBackbone
 from model_store.runtimes.byte_patches import as_graph_reads
 from model_store.runtimes.onnx_export import INPUT, OUTPUT
+
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 onnxruntime.disable_telemetry_events()  # a serving process tells nobody what it does
 
@@ -16,8 +19,8 @@ class OnnxRuntime:
 
     batch_buckets: tuple[int, ...] = ()
 
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, session: onnxruntime.InferenceSession, device: torch.device) -> None:
+        self.device = device
         self._session = session
         self._shape = session.get_inputs()[0].shape
 
@@ -26,13 +29,31 @@ class OnnxRuntime:
         return torch.from_numpy(np.asarray(cls_BD))
 
 
-def load_onnxruntime(export: bytes, num_threads: int, num_streams: int) -> list[OnnxRuntime]:
+def load_onnxruntime(
+    export: bytes, device: torch.device, num_threads: int, num_streams: int
+) -> list[OnnxRuntime]:
     """`num_streams` runtimes that share their weights and, running side by side, `num_threads` threads.
 
     A session computes on threads of its own and on the thread that calls it, so several may call one.
+    Raises InvalidBackbone where ONNX Runtime cannot use the device.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = max(1, num_threads // num_streams)
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(export, options, providers=["CPUExecutionProvider"])
-    return [OnnxRuntime(session) for _ in range(num_streams)]
+    session = onnxruntime.InferenceSession(export, options, providers=_providers(device))
+    if device.type == "cuda" and _CUDA not in session.get_providers():  # it falls back without a fault
+        raise InvalidBackbone("ONNX Runtime could not load its CUDA provider: see its warnings")
+    return [OnnxRuntime(session, device) for _ in range(num_streams)]
+
+
+def _providers(device: torch.device) -> list[str | tuple[str, dict[str, str]]]:
+    if device.type != "cuda":
+        return [_CPU]
+    # Products in float32 as the runtime's name says; no search among convolutions for every new batch size.
+    options = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+    return [(_CUDA, {"device_id": str(device.index or 0), **options}), _CPU]
+
+
+def has_cuda() -> bool:
+    """Whether the installed package was built for CUDA."""
+    return _CUDA in onnxruntime.get_available_providers()

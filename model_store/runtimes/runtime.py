@@ -50,6 +50,11 @@ class RuntimeKind:
             return f"runs on {', '.join(self.device_types)} and not on {device.type}"
         if find_spec(self.engine) is None:
             return f"the package {self.engine} is not installed: pip install 'tosca-serving[{self.engine}]'"
+        if self.engine == "onnxruntime" and device.type == "cuda":
+            from model_store.runtimes.onnx_runtime import has_cuda
+
+            if not has_cuda():
+                return "CUDA needs the package onnxruntime-gpu in the place of onnxruntime"
         if self.engine == "openvino" and "bfloat16" in self.precision:
             from model_store.runtimes.openvino_runtime import has_bfloat16
 
@@ -61,7 +66,7 @@ class RuntimeKind:
 KINDS = (
     RuntimeKind("torch-float32", "torch", "float32", None, ("cpu", "cuda")),
     RuntimeKind("torch-bfloat16", "torch", "bfloat16", None, ("cpu", "cuda"), form=2),
-    RuntimeKind("onnxruntime-float32", "onnxruntime", "float32", "float"),
+    RuntimeKind("onnxruntime-float32", "onnxruntime", "float32", "float", ("cpu", "cuda")),
     RuntimeKind("onnxruntime-int8", "onnxruntime", "int8", "static8"),
     RuntimeKind("openvino-float32", "openvino", "float32", "float"),
     RuntimeKind("openvino-bfloat16", "openvino", "bfloat16", "float"),
