@@ -13,7 +13,6 @@ import base64
 import itertools
 import json
 import os
-import platform
 import select
 import statistics
 import sys
@@ -26,6 +25,8 @@ from typing import Any
 
 import httpcore
 import httpx
+
+from benchmarks.machine import machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from serving import running_server
@@ -97,6 +98,7 @@ def broken_promises(report: dict[str, Any]) -> list[str]:
 
 
 async def measure(url: str, picture: bytes) -> dict[str, Any]:
+    about = machine()
     # Bytes behind the picture's end, so that no two requests share a pass of the backbone.
     unlike = (number.to_bytes(8) for number in itertools.count())
     async with httpcore.AsyncConnectionPool(max_connections=None, max_keepalive_connections=64) as pool:
@@ -134,11 +136,7 @@ async def measure(url: str, picture: bytes) -> dict[str, Any]:
     answered = [one.seconds for one in overloaded.replies if one.status == 200]
     refused = [one.seconds for one in overloaded.replies if one.status == 503]
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "python": platform.python_version(),
-        },
+        "machine": about,
         "max_queued_images": MAX_QUEUED_IMAGES,
         "alone_s": spread([one.seconds for one in alone.replies]),
         "saturation_per_s": round(rate, 2),
