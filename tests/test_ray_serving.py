@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,12 +150,15 @@ def test_answers_of_every_replica_equal_the_offline_ones(
 
 
 def test_refusals_of_the_service_reach_the_client_through_the_proxy(deployed: Deployed) -> None:
+    files = [("images", (f"{i}.png", PICTURES[0], "image/png")) for i in range(MAX_QUEUED + 1)]
     with httpx.Client(base_url=deployed.url, timeout=60.0) as client:
-        too_many = [("images", (f"{i}.png", PICTURES[0], "image/png")) for i in range(MAX_QUEUED + 1)]
-        full = client.post("/predict", files=too_many)
-        assert full.status_code == 503
-        assert full.headers["retry-after"].isdigit()
-        assert full.json()["type"] == "urn:tosca:problem:overloaded"
+        with ThreadPoolExecutor(16) as clients:  # each of them fills the queue of a replica
+            together = list(clients.map(lambda _: client.post("/predict", files=files[1:]), range(64)))
+        refused = [one for one in together if one.status_code != 200]
+        assert {one.status_code for one in refused} == {503}
+        assert all(one.headers["retry-after"].isdigit() for one in refused)
+        assert {one.json()["type"] for one in refused} == {"urn:tosca:problem:overloaded"}
+        assert client.post("/predict", files=files).status_code == 422  # so many may never wait
         large = client.post("/predict", content=b"x" * 1_000_001)
         assert large.status_code == 413 and large.json()["type"] == "urn:tosca:problem:body-too-large"
         endless = client.post("/predict", content=(b"x" * 100_000 for _ in range(100)))
