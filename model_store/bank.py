@@ -305,15 +305,11 @@ class ModuleBank:
 
     def _p_values(self, score_BK: Tensor, winners: Sequence[int]) -> list[float]:
         """How typical each picture is of the task that answers it: conformal, by its best selection score."""
-        p_values = [1.0] * len(winners)
-        for t in sorted(set(winners)):
+        p_values_B: dict[int, list[float]] = {}
+        for t in set(winners):
             best_B = score_BK[:, self._classes(t)].amax(dim=1)
-            of_all = conformal_p_values(best_B, self._known_vectors_of(t).best_score_M).tolist()
-            p_values = [
-                own if winner == t else given
-                for winner, own, given in zip(winners, of_all, p_values, strict=True)
-            ]
-        return p_values
+            p_values_B[t] = conformal_p_values(best_B, self._known_vectors_of(t).best_score_M).tolist()
+        return [p_values_B[t][b] for b, t in enumerate(winners)]
 
     def _answer_by_entropy(
         self, cls_BD: Tensor, top_k: int, abstain_level: float, on_stage: Callable[[Stage], None]

@@ -36,13 +36,13 @@ def ordinary_backbone(
 ) -> Backbone:
     """One stream, a pass at a time on all threads: an engine's default. OpenVINO's threads are not pinned, so
     that worker processes with a thread each do not meet on the first core."""
-    kind = runtime_kind(runtime)
+    kind, device = runtime_kind(runtime), resolve_device("auto")
     loaded: Runtime
     if export is not None:
-        (loaded,) = load_export(kind, export, resolve_device("auto"), num_threads)
+        (loaded,) = load_export(kind, export, device, num_threads)
     else:
         embedding = Embedding(artefact.model(), artefact.manifest.preprocessing, kind.precision)
-        loaded = TorchRuntime(embedding, resolve_device("auto"))
+        loaded = TorchRuntime(embedding, device)
     return Backbone(artefact.manifest, loaded, kind.name)
 
 

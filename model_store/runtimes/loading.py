@@ -27,8 +27,6 @@ def load_export(
             from model_store.runtimes.openvino_runtime import load_openvino
 
             return load_openvino(export, kind.precision, num_threads, num_streams)
-    except InvalidBackbone:
-        raise
     except Exception as error:  # every engine has its own family of errors
         raise InvalidBackbone(f"{kind.engine} cannot load the exported backbone: {error}") from error
     raise AssertionError(f"{kind.name} runs no export")

@@ -5,7 +5,6 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from model_store.errors import InvalidBackbone
 from model_store.runtimes.byte_patches import as_graph_reads
 from model_store.runtimes.onnx_export import INPUT, OUTPUT
 
@@ -35,14 +34,14 @@ def load_onnxruntime(
     """`num_streams` runtimes that share their weights and, running side by side, `num_threads` threads.
 
     A session computes on threads of its own and on the thread that calls it, so several may call one.
-    Raises InvalidBackbone where ONNX Runtime cannot use the device.
+    Raises RuntimeError where ONNX Runtime cannot use the device, and errors of its own.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = max(1, num_threads // num_streams)
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(export, options, providers=_providers(device))
     if device.type == "cuda" and _CUDA not in session.get_providers():  # it falls back without a fault
-        raise InvalidBackbone("ONNX Runtime could not load its CUDA provider: see its warnings")
+        raise RuntimeError("it could not load its CUDA provider: see its warnings")
     return [OnnxRuntime(session, device) for _ in range(num_streams)]
 
 
