@@ -143,8 +143,7 @@ def tiny_store(folder: Path) -> str:
     pictures = read_labelled(
         {"textiles": DEMO / "demo" / "textiles" / "test"}, artefact.manifest.preprocessing, 16
     )
-    candidates = ("torch-float32", "openvino-float32", "openvino-bfloat16")
-    tuned = tune(artefact, pictures, Plan(candidates, batch_sizes=(MAX_BATCH_SIZE,)))
+    tuned = tune(artefact, pictures, Plan(batch_sizes=(MAX_BATCH_SIZE,)))
     store.put_tuning(tuned.tuning, tuned.export)
     revision = store.require_head()
     for seed, task in enumerate(("birds", "cars")):

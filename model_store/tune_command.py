@@ -21,7 +21,7 @@ from model_store.parity import LabelledPixels, read_labelled
 from model_store.publishing import Publisher
 from model_store.runtimes.runtime import RUNTIMES
 from model_store.store import ModelStore
-from model_store.tuning import Tuning
+from model_store.tuning import Tuning, contenders
 
 _FEW_PICTURES = 24  # fewer are told of; the demo tunes with so many
 
@@ -77,13 +77,15 @@ def backbone_tune(
 def print_measurements(tuning: Tuning) -> None:
     """The speed and parity of every runtime, and the speed of the chosen one by streams, for people."""
     table = tuning.table
+    contending = {one.runtime for one in contenders(table)}
     print_table(
-        ["runtime", "images/s", "× float32", "mean cosine", "worst", "task flips", "accuracy"],
+        ["runtime", "images/s", "× float32", "× streams", "mean cosine", "worst", "task flips", "accuracy"],
         (
             (
                 one.runtime,
                 f"{one.images_per_s[max(one.images_per_s)]:.1f}" if one.images_per_s else "–",
                 f"{one.best_speedup:.2f}" if one.speedup else "–",
+                f"{one.streams_gain:.2f}" if one.runtime in contending else "–",
                 *(
                     (
                         f"{one.parity.mean_cosine:.4f}",

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from model_store.manifest import Sha256
 
 SPEED_TOLERANCE = 0.1  # what shorter passes may cost
+CONTENDER_SHARE = 0.7  # of the greatest speed with one pass at a time: more than streams make up for
 HARDWARE_SEPARATOR = ";"  # before what earlier versions did not say of a processor
 _GENERATION = ("cpu family", "model", "CPU implementer", "CPU part")  # x86, ARM
 _SHORT_NUMBERS = frozenset(
@@ -82,17 +83,23 @@ class Measurement(_Record):
     images_per_s: Mapping[int, float] = {}  # by batch size, medians
     latency_ms: Mapping[int, float] = {}  # of a whole pass, by batch size, medians
     speedup: Mapping[int, float] = {}  # over the reference by batch size, medians of paired passes
+    streams_gain: Annotated[float, Field(gt=0.0)] = 1.0  # in speed, of the best number of passes side by side
     parity: Parity | None = None
     export_sha256: Sha256 | None = None
 
     @property
     def best_speedup(self) -> float:
-        """At the largest batch: what a loaded server and a training run see."""
+        """At the largest batch, one pass at a time."""
         return self.speedup[max(self.speedup)] if self.speedup else 0.0
+
+    @property
+    def served_speedup(self) -> float:
+        """At the largest batch, as many side by side as are best: what a loaded server and training see."""
+        return self.best_speedup * self.streams_gain
 
 
 class StreamsMeasurement(_Record):
-    """The chosen runtime with so many passes side by side, each of them on its share of the threads."""
+    """A runtime with so many passes side by side, each of them on its share of the threads."""
 
     num_streams: int
     images_per_s: Mapping[int, float]  # of all streams together, by batch size, medians
@@ -103,10 +110,11 @@ class Tuning(_Record):
     """The table of all runtimes on one kind of hardware, and the fastest that passed the gate.
 
     Records of format 1 tell of no streams: one pass at a time. Exports of format 3 may read patches of bytes,
-    which earlier versions do not give them: these pass such records over.
+    which earlier versions do not give them: these pass such records over. Those of format 4 know what streams
+    are worth to other runtimes than the chosen one.
     """
 
-    format_version: Literal[1, 2, 3] = 3
+    format_version: Literal[1, 2, 3, 4] = 4
     backbone_fingerprint: Sha256
     hardware: str  # see `hardware_name`
     num_threads: int
@@ -127,10 +135,17 @@ class Tuning(_Record):
         return max(1, best_streams(self.streams) * num_threads // self.num_threads)
 
 
-def fastest(table: tuple[Measurement, ...]) -> Measurement | None:
-    """The measurement with the greatest speed at its largest batch among those not refused."""
+def contenders(table: Sequence[Measurement]) -> list[Measurement]:
+    """Those not refused that may be the fastest once passes run side by side."""
     passed = [one for one in table if one.refused is None]
-    return max(passed, key=lambda one: one.best_speedup, default=None)
+    least = CONTENDER_SHARE * max((one.best_speedup for one in passed), default=0.0)
+    return [one for one in passed if one.best_speedup >= least]
+
+
+def fastest(table: Sequence[Measurement]) -> Measurement | None:
+    """The measurement with the greatest speed as it is served among those not refused."""
+    passed = [one for one in table if one.refused is None]
+    return max(passed, key=lambda one: one.served_speedup, default=None)
 
 
 def best_streams(measured: Sequence[StreamsMeasurement]) -> int:
@@ -142,6 +157,13 @@ def best_streams(measured: Sequence[StreamsMeasurement]) -> int:
 
     fast_enough = (1.0 - SPEED_TOLERANCE) * max(map(images_per_s, measured))
     return min(one.num_streams for one in measured if images_per_s(one) >= fast_enough)
+
+
+def streams_gain(measured: Sequence[StreamsMeasurement]) -> float:
+    """The speed at the largest batch with the best number of streams over that with one; 1 where nothing was
+    measured."""
+    speed = {one.num_streams: one.images_per_s[max(one.images_per_s)] for one in measured}
+    return speed[best_streams(measured)] / speed[1] if measured else 1.0
 
 
 def hardware_name(device: torch.device) -> str:

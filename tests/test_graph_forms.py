@@ -10,6 +10,8 @@ from model_store.backbone import BackboneArtefact, build_model
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
+from model_store.runtimes.runtime import PLAIN_GROUP
+from model_store.runtimes.smoothing import activation_group, smooth
 from model_store.runtimes.split_attention import SplitAttention, split_attention
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.timm_import import load_timm
@@ -131,6 +133,121 @@ def test_rounded_weights_do_not_count_for_the_mean_of_all_bytes() -> None:
     exact_BD = embed(model, chosen, contrast=56)
     rounded_BD = embed(byte_patches(model, chosen), chosen, "bfloat16", contrast=56)
     assert float(torch.cosine_similarity(rounded_BD, exact_BD).min()) > 0.9998
+
+
+# -- inputs of like size -----------------------------------------------------------------------------
+
+
+def real_pixels(num: int = 20, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (num, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+
+
+def inputs_of(model: Any, layer: Any) -> Tensor:
+    """[T, I] what a layer reads of all tokens of two pictures."""
+    seen: list[Tensor] = []
+    watching = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().flatten(0, -2)))
+    embedding = Embedding(model, geometry()).eval()
+    embedding(embedding.prepare(real_pixels(2)))
+    watching.remove()
+    return seen[0]
+
+
+def with_large_features(model: Any) -> Any:
+    """A few features of each layer's input far greater than the others, as pretrained models have them."""
+    for block in model.blocks:
+        for norm in (block.norm1, block.norm2):
+            norm.weight.data[::37] *= 30.0
+        block.mlp.fc1.bias.data[::41] += 20.0
+    return model
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_inputs_of_like_size_give_the_same_vector(options: dict[str, Any]) -> None:
+    model = with_large_features(model_of(PLAIN, **options))
+    before_OI = model.blocks[-1].attn.qkv.weight.detach().clone()
+    whole_BD = embed(model)
+    assert smooth(model, geometry(), real_pixels()) is model
+    assert not torch.equal(model.blocks[-1].attn.qkv.weight, before_OI)
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+    written = split_attention(for_cls_alone(byte_patches(model, geometry())))
+    torch.testing.assert_close(embed(written), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_features_behind_a_norm_come_to_be_of_like_size() -> None:
+    def spread(model: Any) -> float:
+        sizes_I = [
+            inputs_of(model, layer).abs().amax(dim=0)
+            for block in model.blocks
+            for layer in (block.attn.qkv, block.mlp.fc1)
+        ]
+        return max(float(size_I.max() / size_I.median()) for size_I in sizes_I)
+
+    model = with_large_features(model_of(PLAIN))
+    before = spread(model)
+    assert spread(smooth(model, geometry(), real_pixels())) < 0.5 * before
+
+
+def test_hidden_features_of_like_size_lie_side_by_side() -> None:
+    """So that a scale over many of them is not all one large feature's."""
+
+    def loss(model: Any, group: int) -> float:
+        """Of rounding to int8 with a scale a group, over what is rounded."""
+        lost, all_of_it = 0.0, 0.0
+        for block in model.blocks:
+            groups_TGI = inputs_of(model, block.mlp.fc2).unflatten(-1, (-1, group))
+            scale_TG1 = groups_TGI.abs().amax(dim=-1, keepdim=True).clamp_min(1e-9) / 127.0
+            lost += float(((groups_TGI / scale_TG1).round() * scale_TG1 - groups_TGI).square().sum())
+            all_of_it += float(groups_TGI.square().sum())
+        return lost / all_of_it
+
+    model = with_large_features(model_of(PLAIN))
+    before = loss(model, 192)
+    assert loss(smooth(model, geometry(), real_pixels()), 192) < 0.7 * before
+
+
+def test_a_feature_that_no_picture_shows_keeps_a_finite_weight() -> None:
+    model = model_of(PLAIN)
+    for block in model.blocks:
+        block.norm1.weight.data[5], block.norm1.bias.data[5] = 0.0, 0.0
+        block.mlp.fc1.weight.data[:, 7] = 0.0
+    whole_BD = embed(model)
+    smooth(model, geometry(), real_pixels())
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_the_weights_of_the_artefact_stay_as_they_are(tiny_artefact: BackboneArtefact) -> None:
+    before = {name: value.clone() for name, value in tiny_artefact.model().state_dict().items()}
+    smooth(tiny_artefact.model(), tiny_artefact.manifest.preprocessing, real_pixels())
+    after = tiny_artefact.model().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "group"),
+    [
+        (PLAIN, 192),
+        ("vit_small_patch16_224", 192),
+        ("vit_base_patch16_224", 192),
+        ("vit_large_patch16_224", 128),
+        ("deit_tiny_distilled_patch16_224", PLAIN_GROUP),
+        ("eva02_tiny_patch14_224", PLAIN_GROUP),
+    ],
+)
+def test_a_scale_is_shared_by_as_many_features_as_divide_all_inputs(architecture: str, group: int) -> None:
+    with torch.device("meta"):
+        model = load_timm().create_model(architecture, num_classes=0)
+    assert activation_group(model) == group
+
+
+@pytest.mark.parametrize("options", [{"scale_mlp_norm": True}, {"mlp_layer": load_timm().layers.SwiGLU}])
+def test_another_mlp_stays_as_it_is(options: dict[str, Any]) -> None:
+    model = model_of(PLAIN, **options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    smooth(model, geometry(), real_pixels())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert activation_group(model) == PLAIN_GROUP
 
 
 def test_another_first_layer_stays_as_it_is() -> None:

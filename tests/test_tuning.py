@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,10 @@ from model_store.tuning import (
     StreamsMeasurement,
     Tuning,
     best_streams,
+    contenders,
     fastest,
     hardware_name,
+    streams_gain,
 )
 
 CPU = torch.device("cpu")
@@ -53,6 +56,14 @@ def parity(**changes: float) -> Parity:
 
 def measurement(name: str, speedup: float, refused: str | None = None) -> Measurement:
     return Measurement(runtime=name, refused=refused, speedup={1: 9.0, 8: speedup})
+
+
+def streams(num_streams: int, *images_per_s: float) -> StreamsMeasurement:
+    return StreamsMeasurement(
+        num_streams=num_streams,
+        images_per_s=dict(zip((1, 8), images_per_s, strict=True)),
+        latency_ms={1: 1.0, 8: 8.0},
+    )
 
 
 # -- the gate ----------------------------------------------------------------------------------------
@@ -92,15 +103,49 @@ def test_the_fastest_at_the_largest_batch_is_chosen_among_those_that_passed() ->
     assert fastest((measurement("b", 5.0, refused="too rough"),)) is None
 
 
-# -- streams -----------------------------------------------------------------------------------------
+def test_what_gains_more_side_by_side_is_faster_as_it_is_served() -> None:
+    table = (measurement("a", 3.0), measurement("b", 2.8).model_copy(update={"streams_gain": 1.2}))
+    chosen = fastest(table)
+    assert chosen is not None and chosen.runtime == "b"
+    assert (chosen.best_speedup, chosen.served_speedup) == (2.8, pytest.approx(3.36))
 
 
-def streams(num_streams: int, *images_per_s: float) -> StreamsMeasurement:
-    return StreamsMeasurement(
-        num_streams=num_streams,
-        images_per_s=dict(zip((1, 8), images_per_s, strict=True)),
-        latency_ms={1: 1.0, 8: 8.0},
+def test_contenders_are_those_that_are_nearly_the_fastest_and_passed() -> None:
+    table = [measurement(name, speedup) for name, speedup in (("a", 4.0), ("b", 2.9), ("c", 2.7))]
+    refused = measurement("d", 9.0, refused="too rough")
+    assert [one.runtime for one in contenders([*table, refused])] == ["a", "b"]
+    assert contenders([refused]) == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "gain"),
+    [([], 1.0), ([streams(1, 20.0, 28.0)], 1.0), ([streams(1, 20.0, 20.0), streams(2, 32.0, 30.0)], 1.5)],
+)
+def test_the_gain_of_streams_is_that_of_the_best_number(
+    measured: list[StreamsMeasurement], gain: float
+) -> None:
+    assert streams_gain(measured) == gain
+
+
+def test_runtimes_are_compared_as_they_would_be_served(
+    tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slower of two with one pass at a time gains by two, and is chosen with its streams."""
+    pytest.importorskip("openvino")
+    speedup = {ONNX: 3.0, "openvino-float32": 2.5, REFERENCE: 1.0}
+    gains = {ONNX: 10.0, "openvino-float32": 20.0}
+    monkeypatch.setattr(measuring, "paired_seconds", lambda own, *_: (1.0, speedup[own.runtime_name]))
+    monkeypatch.setattr(
+        measuring,
+        "_measure_streams",
+        lambda _, runtime, *__: (streams(1, 10.0, 10.0), streams(2, gains[runtime], gains[runtime])),
     )
+    found = tune(tiny_artefact, labelled_pixels, replace(quick(*speedup), num_threads=2)).tuning
+    assert (found.chosen, found.streams_on(2)) == ("openvino-float32", 2)
+    assert [one.streams_gain for one in found.table] == [1.0, 2.0, 1.0]
+
+
+# -- streams -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -269,6 +314,14 @@ def test_everybody_uses_the_streams_that_were_best(tiny_store: ModelStore, tiny_
 def test_a_record_from_before_streams_means_one_pass_at_a_time(tiny_tuned: Tuned) -> None:
     old = tiny_tuned.tuning.model_dump(mode="json", exclude={"streams"}) | {"format_version": 1}
     assert Tuning.model_validate(old).streams_on(8) == 1
+
+
+def test_a_record_from_before_runtimes_were_compared_in_streams_is_read(tiny_tuned: Tuned) -> None:
+    old = tiny_tuned.tuning.model_dump(mode="json") | {"format_version": 3}
+    for one in old["table"]:
+        del one["streams_gain"]
+    (read,) = Tuning.model_validate(old).table
+    assert read.served_speedup == read.best_speedup
 
 
 def test_the_newest_tuning_of_this_hardware_counts(tiny_store: ModelStore, tiny_tuned: Tuned) -> None:

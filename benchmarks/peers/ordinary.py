@@ -18,16 +18,18 @@ from model_store.preprocess import REDUCING_GAP, Preprocessing
 from model_store.runtimes.loading import load_export, make_export
 from model_store.runtimes.onnx_export import export_float
 from model_store.runtimes.runtime import Runtime, runtime_kind
+from model_store.runtimes.smoothing import activation_group
 from model_store.runtimes.torch_runtime import Embedding, TorchRuntime
 
 
 def ordinary_export(artefact: BackboneArtefact, runtime: str, calibration_NCHW: Tensor) -> bytes | None:
     """The whole timm model as torch exports it, every token in every block, in the form that `runtime` wants;
-    None for torch, which runs the model itself."""
+    None for torch, which runs the model itself. In int8 as many features share a scale as in this project."""
     form = runtime_kind(runtime).export
     if form is None:
         return None
-    exported = export_float(Embedding(artefact.model(), artefact.manifest.preprocessing))
+    model = artefact.model()
+    exported = export_float(Embedding(model, artefact.manifest.preprocessing), activation_group(model))
     return make_export(form, exported, calibration_NCHW)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model_store.errors import InvalidBackbone
 from model_store.runtimes.byte_patches import as_graph_reads
+from model_store.runtimes.runtime import ACTIVATION_GROUP, PLAIN_GROUP
 from model_store.runtimes.torch_runtime import Embedding
 
 INPUT, OUTPUT = "pixels", "cls"
@@ -19,9 +20,10 @@ MAX_BYTES = 2**31 - 1  # of a protocol buffer
 OPSET = 20
 
 
-def export_float(embedding: Embedding) -> bytes:
+def export_float(embedding: Embedding, activation_group: int = PLAIN_GROUP) -> bytes:
     """The float32 graph from uint8 pixels, as the embedding prepares them, to [B, D] CLS vectors, for any B.
 
+    It tells how many features of a token may share a scale where products quantise what they read.
     Raises InvalidBackbone when torch cannot express the model as a graph, and for more than 2 GiB.
     """
     size_bytes = sum(value.numel() * 4 for value in embedding.state_dict().values())
@@ -50,6 +52,7 @@ def export_float(embedding: Embedding) -> bytes:
         item.ClearField("doc_string")
     graph.graph.ClearField("metadata_props")
     graph.ClearField("metadata_props")
+    onnx.helper.set_model_props(graph, {ACTIVATION_GROUP: str(activation_group)})
     return bytes(graph.SerializeToString(deterministic=True))
 
 

@@ -14,6 +14,9 @@ Engine = Literal["torch", "onnxruntime", "openvino"]
 # What an engine is given: "float" the weights as they are, "weight8" int8 weights with one scale an output
 # channel, "static8" int8 weights and activations with ranges calibrated on pictures.
 ExportForm = Literal["float", "weight8", "static8"]
+# A graph's property: how many features of a token share a scale where products quantise what they read.
+ACTIVATION_GROUP = "activation_group"
+PLAIN_GROUP = 64  # where it says nothing
 
 
 class Runtime(Protocol):
