@@ -16,7 +16,8 @@ from model_store.measuring import embed_all
 from model_store.preprocess import load_pixels
 from model_store.store import ModelStore
 
-MIN_MEAN_COSINE = 0.999  # of the ordinary engine's vectors with ours
+# Of the ordinary engine's vectors with ours: in int8 each of them is 0.001 from the exact ones.
+MIN_MEAN_COSINE = 0.997
 SURE = 0.9  # from this confidence on all servers must answer alike
 
 

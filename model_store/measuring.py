@@ -185,29 +185,34 @@ def _measure_streams(
     num_threads: int,
 ) -> tuple[StreamsMeasurement, ...]:
     """A runtime with one pass at a time on all threads, two side by side on half of them each, and so on;
-    nothing for torch and on CUDA, where passes run one after another."""
+    nothing for torch and on CUDA, where passes run one after another. They take turns."""
     if export is None or resolve_device(plan.device).type == "cuda":
         return ()
-    measured = []
-    for num_streams in (2**i for i in range(num_threads.bit_length())):
-        backbone = Backbone.load(
-            artefact, plan.device, runtime, export=export, num_threads=num_threads, num_streams=num_streams
+    loaded = [
+        Backbone.load(
+            artefact, plan.device, runtime, export=export, num_threads=num_threads, num_streams=2**i
         )
-        latency_s = {}
-        for batch_size in _STREAM_BATCH_SIZES:
-            pixels_BCHW = _repeat(pictures.pixels_NCHW, batch_size)
+        for i in range(num_threads.bit_length())
+    ]
+    latency_s: list[dict[int, float]] = [{} for _ in loaded]
+    for batch_size in _STREAM_BATCH_SIZES:
+        pixels_BCHW = _repeat(pictures.pixels_NCHW, batch_size)
+        for backbone in loaded:
             time_side_by_side(backbone, pixels_BCHW)  # kernels are chosen and memory is taken
-            latency_s[batch_size] = statistics.median(
-                time_side_by_side(backbone, pixels_BCHW) for _ in range(min(plan.num_rounds, _STREAM_ROUNDS))
-            )
-        measured.append(
-            StreamsMeasurement(
-                num_streams=num_streams,
-                images_per_s={size: num_streams * size / seconds for size, seconds in latency_s.items()},
-                latency_ms={size: 1e3 * seconds for size, seconds in latency_s.items()},
-            )
+        rounds = [
+            [time_side_by_side(backbone, pixels_BCHW) for backbone in loaded]
+            for _ in range(min(plan.num_rounds, _STREAM_ROUNDS))
+        ]
+        for own, seconds in zip(latency_s, zip(*rounds, strict=True), strict=True):
+            own[batch_size] = statistics.median(seconds)
+    return tuple(
+        StreamsMeasurement(
+            num_streams=backbone.num_streams,
+            images_per_s={size: backbone.num_streams * size / seconds for size, seconds in own.items()},
+            latency_ms={size: 1e3 * seconds for size, seconds in own.items()},
         )
-    return tuple(measured)
+        for backbone, own in zip(loaded, latency_s, strict=True)
+    )
 
 
 def _measure(

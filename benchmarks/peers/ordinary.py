@@ -1,7 +1,7 @@
 """The backbone and its pictures as the users of other servers would write them, with care.
 
-Weights, engine, precision and threads are those of the store; the graph, its compilation and the resizing are
-the ordinary ones, and not this project's.
+Weights, engine, precision and threads are those of the store, the inputs of its layers of like size for int8,
+too; the graph, its compilation and the resizing are the ordinary ones, and not this project's.
 """
 # B batch, C channels, H height, W width, N pictures
 
@@ -18,18 +18,19 @@ from model_store.preprocess import REDUCING_GAP, Preprocessing
 from model_store.runtimes.loading import load_export, make_export
 from model_store.runtimes.onnx_export import export_float
 from model_store.runtimes.runtime import Runtime, runtime_kind
-from model_store.runtimes.smoothing import activation_group
+from model_store.runtimes.smoothing import activation_group, smooth
 from model_store.runtimes.torch_runtime import Embedding, TorchRuntime
 
 
 def ordinary_export(artefact: BackboneArtefact, runtime: str, calibration_NCHW: Tensor) -> bytes | None:
     """The whole timm model as torch exports it, every token in every block, in the form that `runtime` wants;
-    None for torch, which runs the model itself. In int8 as many features share a scale as in this project."""
+    None for torch, which runs the model itself."""
     form = runtime_kind(runtime).export
     if form is None:
         return None
-    model = artefact.model()
-    exported = export_float(Embedding(model, artefact.manifest.preprocessing), activation_group(model))
+    preprocessing = artefact.manifest.preprocessing
+    model = smooth(artefact.model(), preprocessing, calibration_NCHW)
+    exported = export_float(Embedding(model, preprocessing), activation_group(model))
     return make_export(form, exported, calibration_NCHW)
 
 
