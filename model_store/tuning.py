@@ -137,15 +137,18 @@ class Tuning(_Record):
 
 def contenders(table: Sequence[Measurement]) -> list[Measurement]:
     """Those not refused that may be the fastest once passes run side by side."""
-    passed = [one for one in table if one.refused is None]
+    passed = _passed(table)
     least = CONTENDER_SHARE * max((one.best_speedup for one in passed), default=0.0)
     return [one for one in passed if one.best_speedup >= least]
 
 
 def fastest(table: Sequence[Measurement]) -> Measurement | None:
     """The measurement with the greatest speed as it is served among those not refused."""
-    passed = [one for one in table if one.refused is None]
-    return max(passed, key=lambda one: one.served_speedup, default=None)
+    return max(_passed(table), key=lambda one: one.served_speedup, default=None)
+
+
+def _passed(table: Sequence[Measurement]) -> list[Measurement]:
+    return [one for one in table if one.refused is None]
 
 
 def best_streams(measured: Sequence[StreamsMeasurement]) -> int:

@@ -6,7 +6,7 @@ into the next layer's weights (SmoothQuant, https://arxiv.org/abs/2211.10438, wi
 MLP, where no norm stands between, hidden features change places: those of like size share a scale. Both
 leave the CLS vector as it is but for rounding (docs/decisions/0013-shared-scales.md).
 """
-# N pictures, D features, I inputs of a layer, O outputs of a layer
+# B batch, N pictures, I inputs of a layer
 
 import math
 from collections.abc import Iterable
