@@ -1,6 +1,6 @@
 """Load from a process of its own: pictures posted to /predict, latencies in one line of JSON.
 
-Closed loop (`--clients 64`): each client sends its next picture when it has its answer. Open loop
+Closed loop (`--clients 64`): each client sends its next request when it has its answer. Open loop
 (`--rate 30`): pictures leave at random times of a Poisson process whatever the server does, and a latency
 counts from the time at which its picture was due, so that a slow server cannot slow its own load.
 
@@ -23,6 +23,10 @@ import uvloop
 TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 1024
 _NUMBER_BYTES = 8
+_BOUNDARY = b"----pictures----"
+_PART_HEADERS = (
+    b'Content-Disposition: form-data; name="pictures"; filename="p.jpg"\r\nContent-Type: image/jpeg'
+)
 
 
 class Connection(asyncio.Protocol):
@@ -75,10 +79,11 @@ class Connection(asyncio.Protocol):
 class Load:
     """Latencies in seconds of the answers to pictures that never repeat."""
 
-    def __init__(self, url: str, pictures: list[bytes]) -> None:
+    def __init__(self, url: str, pictures: list[bytes], pictures_a_request: int = 1) -> None:
         address = urlsplit(url)
-        self._host, self._port = address.hostname, address.port
-        self._requests = itertools.cycle([_request(address.netloc, picture) for picture in pictures])
+        self._host, self._port, self._netloc = address.hostname, address.port, address.netloc
+        self._pictures = itertools.cycle(pictures)
+        self._pictures_a_request = pictures_a_request
         self._number = itertools.count(int(time.time_ns()))
         self._idle: list[Connection] = []
         self._places = asyncio.Semaphore(MAX_CONNECTIONS)
@@ -86,8 +91,12 @@ class Load:
         self.num_failed = 0
 
     async def ask(self, due: float) -> None:
-        """Post the next picture. Bytes after the end of a JPEG make it one that no cache has seen."""
-        request = next(self._requests) + next(self._number).to_bytes(_NUMBER_BYTES, "big")
+        """Post the next pictures. Bytes after the end of a JPEG make it one that no cache has seen."""
+        pictures = [
+            next(self._pictures) + next(self._number).to_bytes(_NUMBER_BYTES, "big")
+            for _ in range(self._pictures_a_request)
+        ]
+        request = _request(self._netloc, pictures)
         try:
             async with self._places, asyncio.timeout(TIMEOUT_S):
                 status = await self._post(request)
@@ -142,20 +151,25 @@ class Load:
         await asyncio.gather(*tasks)
 
 
-def _request(host: str, picture: bytes) -> bytes:
-    """A whole request but for the number that follows the picture."""
+def _request(host: str, pictures: list[bytes]) -> bytes:
+    """A whole request: one picture as it is, several as a form."""
+    media_type, body = "image/jpeg", pictures[0]
+    if len(pictures) > 1:
+        media_type = f"multipart/form-data; boundary={_BOUNDARY.decode()}"
+        parts = [b"--%s\r\n%s\r\n\r\n%s\r\n" % (_BOUNDARY, _PART_HEADERS, one) for one in pictures]
+        body = b"".join(parts) + b"--%s--\r\n" % _BOUNDARY
     lines = (
         "POST /predict HTTP/1.1",
         f"host: {host}",
-        "content-type: image/jpeg",
-        f"content-length: {len(picture) + _NUMBER_BYTES}",
+        f"content-type: {media_type}",
+        f"content-length: {len(body)}",
     )
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + picture
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
 async def run(given: argparse.Namespace) -> dict[str, float]:
     pictures = [one.read_bytes() for one in sorted(given.pictures.iterdir())]
-    load = Load(given.url, pictures)
+    load = Load(given.url, pictures, given.pictures_a_request)
     await load.closed(given.clients or 8, given.warm_up)
     load.latencies.clear()
     load.close()  # the slowest answer may have kept others idle for so long that the server closes them now
@@ -169,7 +183,7 @@ async def run(given: argparse.Namespace) -> dict[str, float]:
     load.close()
     ordered = sorted(load.latencies) or [float("nan")]
     return {
-        "images_per_s": len(load.latencies) / seconds,
+        "images_per_s": given.pictures_a_request * len(load.latencies) / seconds,
         "p50_ms": 1e3 * ordered[len(ordered) // 2],
         "p99_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
         "num_answers": len(load.latencies),
@@ -183,7 +197,8 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("--pictures", type=Path, required=True, help="folder of encoded pictures")
     parser.add_argument("--clients", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=0.0, help="pictures a second, open loop")
+    parser.add_argument("--rate", type=float, default=0.0, help="requests a second, open loop")
+    parser.add_argument("--pictures-a-request", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--warm-up", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -10,6 +10,8 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from benchmarks.machine import machine
 from model_store.measuring import Plan, tune
 from model_store.parity import read_labelled
@@ -23,7 +25,7 @@ TASKS = ("digits", "textiles")
 RESULT = Path(__file__).parent / "results" / "runtimes.json"
 MAX_PICTURES = 60
 ROUNDS = int(os.environ.get("TOSCA_BENCH_ROUNDS", "7"))
-BATCH_SIZES = (1, 8)
+BATCH_SIZES = (1, 8, 64) if torch.cuda.is_available() else (1, 8)
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""This service and its peers for benchmarks/serving.py, each in its own process, and the load on them."""
+"""This service and its peers for the benchmarks of serving, each in processes of its own, and the load on
+them."""
 
 import contextlib
 import json
@@ -29,21 +30,23 @@ class Peer:
 
     module: str
     engine: Literal["ordinary", "ours"] = "ordinary"
-    worker_a_thread: bool = False
+    has_workers: bool = False  # as many as `Served.workers`, which share its threads
 
 
 OURS = "tosca"
+OURS_PROCESSES = "tosca_processes"  # as many as `Served.workers`
 PEERS = {  # as their users write them
     "plain_fastapi": Peer("plain_fastapi"),
     "lit_serve": Peer("lit_serve"),
-    "lit_serve_workers": Peer("lit_serve", worker_a_thread=True),
+    "lit_serve_workers": Peer("lit_serve", has_workers=True),
     "ray_serve": Peer("ray_serve"),
     "bento_ml": Peer("bento_ml"),
 }
 WITH_OUR_ENGINE = {  # the best of them, given this project's graph, streams and decoding
     "lit_serve_our_engine": Peer("lit_serve", "ours"),
-    "lit_serve_workers_our_engine": Peer("lit_serve", "ours", worker_a_thread=True),
+    "lit_serve_workers_our_engine": Peer("lit_serve", "ours", has_workers=True),
 }
+WITH_WORKERS = {"bento_ml_workers": Peer("bento_ml", has_workers=True)}  # where one is too few: on a GPU
 SERVERS = (OURS, *PEERS, *WITH_OUR_ENGINE)
 
 
@@ -56,68 +59,95 @@ class Served:
     runtime: str
     export: Path | None
     threads: int
+    workers: int  # where a server can have several
+    max_batch_size: int = MAX_BATCH_SIZE
+
+
+class Server:
+    """One server in its own processes, from its start until it is stopped."""
+
+    def __init__(self, name: str, served: Served) -> None:
+        self.name = name
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the server)
+        command, variables = _command(name, served, port)
+        variables["OMP_NUM_THREADS"] = str(served.threads)
+        self._process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    def wait_until_ready(self, picture: Path) -> None:
+        """Until a first picture is answered. Raises AssertionError with the end of its log."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise AssertionError(f"{self.name} ended: {self._end_of_log()}")
+            with contextlib.suppress(httpx.HTTPError):
+                if _ask(self.url, picture).is_success:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"{self.name} was not ready within {START_TIMEOUT_S} s: {self._end_of_log()}")
+
+    def pause(self) -> None:
+        """Take no processor time until `resume`: another server is being measured."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        with contextlib.suppress(ProcessLookupError):
+            self.resume()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(30.0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # some leave their workers behind
+        self._process.wait()
+        self._log.close()
+
+    def _end_of_log(self) -> str:
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")[-2000:]
 
 
 @contextlib.contextmanager
-def running(server: str, served: Served, pictures: Path) -> Iterator[str]:
-    """The URL of one server in its own process, until the block ends."""
-    port = free_port()
-    command, variables = _command(server, served, port)
-    variables["OMP_NUM_THREADS"] = str(served.threads)
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            _wait_until_ready(url, server, process, next(pictures.iterdir()))
-            yield url
-        except AssertionError as error:
-            log.seek(0)
-            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
-        finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30.0)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # some leave their workers behind
-            process.wait()
+def running(name: str, served: Served, pictures: Path) -> Iterator[str]:
+    """The URL of one server, until the block ends."""
+    server = Server(name, served)
+    try:
+        server.wait_until_ready(next(pictures.iterdir()))
+        yield server.url
+    finally:
+        server.stop()
 
 
 def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[str, str]]:
     """How a server is started, and its environment variables."""
-    if server == OURS:
+    if server in (OURS, OURS_PROCESSES):
         tosca = str(Path(sys.executable).with_name("tosca"))
-        return [tosca, "serve", "--store", served.store, "--port", str(port)], {
+        command = [tosca, "serve", "--store", served.store, "--port", str(port)]
+        if server == OURS_PROCESSES:
+            command += ["--processes", str(served.workers)]
+        return command, {
             "TOSCA_LOG_LEVEL": "warning",  # no server here writes a line for every request
             "TOSCA_CLS_CACHE_BYTES": "0",
-            "TOSCA_MAX_BATCH_SIZE": str(MAX_BATCH_SIZE),
+            "TOSCA_MAX_BATCH_SIZE": str(served.max_batch_size),
             "TOSCA_TORCH_THREADS": str(served.threads),
             "TOSCA_DECODE_THREADS": str(served.threads),
         }
-    peer = {**PEERS, **WITH_OUR_ENGINE}[server]
+    peer = {**PEERS, **WITH_OUR_ENGINE, **WITH_WORKERS}[server]
     python = sys.executable if peer.module == "plain_fastapi" else str(PEERS_PYTHON)
     command = [python, "-m", f"benchmarks.peers.{peer.module}", "--store", served.store, "--port", str(port)]
-    command += ["--threads", str(served.threads), "--max-batch-size", str(MAX_BATCH_SIZE)]
+    command += ["--threads", str(served.threads), "--max-batch-size", str(served.max_batch_size)]
     command += ["--engine", peer.engine]
     if peer.engine == "ordinary":
         command += ["--runtime", served.runtime]
         command += ["--export", str(served.export)] if served.export else []
-    if peer.worker_a_thread:
-        command += ["--workers", str(served.threads)]
+    if peer.has_workers:
+        command += ["--workers", str(served.workers)]
     return command, {}
-
-
-def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]", picture: Path) -> None:
-    """Until a first picture is answered."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"{server} ended"
-        with contextlib.suppress(httpx.HTTPError):
-            if _ask(url, picture).is_success:
-                return
-        time.sleep(0.2)
-    raise AssertionError(f"{server} was not ready within {START_TIMEOUT_S} s")
 
 
 def _ask(url: str, picture: Path) -> httpx.Response:
@@ -135,12 +165,19 @@ def answers(url: str, pictures: Path) -> list[dict[str, Any]]:
 
 
 def load(
-    url: str, pictures: Path, seconds: float, *, clients: int = 0, rate: float = 0.0
+    url: str,
+    pictures: Path,
+    seconds: float,
+    *,
+    clients: int = 0,
+    rate: float = 0.0,
+    pictures_a_request: int = 1,
 ) -> dict[str, float]:
     """One measurement by the load process: a closed loop of so many clients, or an open one at a rate."""
     command = [sys.executable, str(Path(__file__).with_name("load.py")), url, "--pictures", str(pictures)]
     command += ["--seconds", str(seconds), "--warm-up", str(seconds / 5)]
     command += ["--rate", str(rate)] if rate else ["--clients", str(clients)]
+    command += ["--pictures-a-request", str(pictures_a_request)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds * 10 + 300)
     result: dict[str, float] = json.loads(done.stdout)
     return result

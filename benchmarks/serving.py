@@ -119,20 +119,26 @@ def main() -> None:
 def scenarios(folder: Path) -> list[Scenario]:
     """ViT-B/16 with small and 12-megapixel JPEGs, and a ViT-Tiny, where what a server adds shows most."""
     wanted = [name for name in (SMALL, LARGE, TINY_SMALL) if name.startswith(tuple(WANTED.split(";")))]
-    small, large = folder / "small", folder / "large"
-    small.mkdir()
+    small, large = write_small(folder / "small"), folder / "large"
     large.mkdir()
-    for i, photograph in enumerate(photographs_at_hand()):
-        if LARGE in wanted:
+    if LARGE in wanted:
+        for i, photograph in enumerate(photographs_at_hand()):
             (large / f"{i:03d}.jpg").write_bytes(large_jpeg(photograph, seed=i))
-        photograph.thumbnail((256, 256), Image.Resampling.LANCZOS)
-        file = io.BytesIO()
-        photograph.save(file, "JPEG", quality=90)
-        (small / f"{i:03d}.jpg").write_bytes(file.getvalue())
     clip = str(DEMO / "store")
     pictures = {SMALL: small, LARGE: large, TINY_SMALL: small}
     stores = {name: tiny_store(folder / "store") if name == TINY_SMALL else clip for name in wanted}
     return [Scenario(name, stores[name], pictures[name]) for name in wanted]
+
+
+def write_small(folder: Path) -> Path:
+    """Photographs as JPEGs of 256 pixels."""
+    folder.mkdir()
+    for i, photograph in enumerate(photographs_at_hand()):
+        photograph.thumbnail((256, 256), Image.Resampling.LANCZOS)
+        file = io.BytesIO()
+        photograph.save(file, "JPEG", quality=90)
+        (folder / f"{i:03d}.jpg").write_bytes(file.getvalue())
+    return folder
 
 
 def tiny_store(folder: Path) -> str:
@@ -183,6 +189,7 @@ def measure(scenario: Scenario, threads: int, folder: Path) -> dict[str, Any]:
         for server in SERVERS:
             with running(server, served, scenario.pictures) as url:
                 opened[server].append(check(server, load(url, scenario.pictures, SECONDS, rate=rate)))
+    p99, refused = summarise(opened)
     return {
         "summary": {
             "backbone_alone_images_per_s": alone["images_per_s"],
@@ -195,7 +202,10 @@ def measure(scenario: Scenario, threads: int, folder: Path) -> dict[str, Any]:
             "saturated_over_best_with_our_engine": over_best(saturated, WITH_OUR_ENGINE),
             "one_client_p50_ms": {one: median(closed[one]["1"], "p50_ms") for one in SERVERS},
             "open_loop_images_per_s": rate,
-            **summarise_open_loop(opened),
+            "open_loop_p99_ms": p99,
+            "open_loop_refused": refused,
+            "p99_over_best_peer": p99_over_best(p99, refused, PEERS),
+            "p99_over_best_with_our_engine": p99_over_best(p99, refused, WITH_OUR_ENGINE),
         },
         "alone": alone,
         "side_by_side": side_by_side,
@@ -206,15 +216,11 @@ def measure(scenario: Scenario, threads: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def summarise_open_loop(opened: Mapping[str, list[dict[str, float]]]) -> dict[str, Any]:
-    p99 = {server: median(opened[server], "p99_ms") for server in SERVERS}
-    refused = {server: sum(run["num_failed"] for run in opened[server]) for server in SERVERS}
-    return {
-        "open_loop_p99_ms": p99,
-        "open_loop_refused": refused,
-        "p99_over_best_peer": p99_over_best(p99, refused, PEERS),
-        "p99_over_best_with_our_engine": p99_over_best(p99, refused, WITH_OUR_ENGINE),
-    }
+def summarise(opened: Mapping[str, list[dict[str, float]]]) -> tuple[dict[str, float], dict[str, float]]:
+    """The p99 in milliseconds of each server, and how many requests it refused."""
+    p99 = {server: median(runs, "p99_ms") for server, runs in opened.items()}
+    refused = {server: sum(run["num_failed"] for run in runs) for server, runs in opened.items()}
+    return p99, refused
 
 
 def check(server: str, result: dict[str, float]) -> dict[str, float]:
@@ -229,12 +235,12 @@ def over_best(saturated: Mapping[str, float], others: Iterable[str]) -> float:
 
 
 def p99_over_best(
-    p99: Mapping[str, float], refused: Mapping[str, float], others: Iterable[str]
+    p99: Mapping[str, float], refused: Mapping[str, float], others: Iterable[str], ours: str = OURS
 ) -> float | None:
     """This service's p99 over the best of those that answered all (fast answers to some are no match); None
     where each refused some."""
     best = min((p99[one] for one in others if refused[one] == 0), default=None)
-    return None if best is None else p99[OURS] / best
+    return None if best is None else p99[ours] / best
 
 
 def median(runs: list[dict[str, float]], name: str) -> float:
@@ -245,13 +251,15 @@ def median(runs: list[dict[str, float]], name: str) -> float:
 
 
 def pass_alone(
-    backbone: Backbone, stack: Callable[[Sequence[torch.Tensor]], torch.Tensor] = stack_pixels
+    backbone: Backbone,
+    stack: Callable[[Sequence[torch.Tensor]], torch.Tensor] = stack_pixels,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> dict[str, Any]:
     """Images per second of a backbone on decoded pixels, in batches that `stack` makes, at the best of the
     batch sizes, with all its streams side by side."""
     side = backbone.preprocessing.height
     best: dict[str, Any] = {"images_per_s": 0.0}
-    for batch_size in BATCH_SIZES:
+    for batch_size in batch_sizes:
         pixels = stack([torch.randint(0, 256, (3, side, side), dtype=torch.uint8) for _ in range(batch_size)])
         time_side_by_side(backbone, pixels)
         passes, started = [], time.perf_counter()
@@ -271,7 +279,7 @@ def export_ordinarily(scenario: Scenario, runtime: str, threads: int, folder: Pa
     if export is not None:
         path = folder / "ordinary.onnx"
         path.write_bytes(export)
-    return Served(scenario.store, runtime, path, threads)
+    return Served(scenario.store, runtime, path, threads, workers=threads)
 
 
 def load_ordinary(served: Served) -> Backbone:

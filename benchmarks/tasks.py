@@ -60,7 +60,7 @@ MAX_SLOWDOWN = 2.0  # p99 of answers while tasks are registered, over that witho
 def main() -> None:
     about = machine()
     store = ModelStore(DEMO / "store")
-    backbone = load_backbone(store, device="cpu")
+    backbone = load_backbone(store)
     active = Publisher(store).active.bank
     template = active.module("digits")
     distance = task_distance(template, active.module("textiles"))

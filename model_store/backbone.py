@@ -138,9 +138,9 @@ class Backbone:
         self.fingerprint = manifest.fingerprint
         self.runtime_name = name
         # Two backbones of one fingerprint give close vectors; with equal variants, the same ones.
-        variant = runtime_kind(name).variant
-        self.variant = f"{variant}-{export_sha256[:12]}" if export_sha256 else variant
         self.device = runtime.device
+        device = "cuda" if self.device.type == "cuda" else ""
+        self.variant = "-".join(filter(None, (runtime_kind(name).variant, device, export_sha256[:12])))
         self.batch_buckets = runtime.batch_buckets
         self.num_streams = len(streams) or 1
         self._runtime = runtime

@@ -35,7 +35,7 @@ class OfflinePredictor:
         self.backbone = load_backbone(
             store, head.backbone_fingerprint, device=device, runtime=runtime, num_threads=num_threads
         )
-        self.bank: ModuleBank = Publisher(store, self.backbone.device, revision=revision).active.bank
+        self.bank: ModuleBank = Publisher(store, revision=revision).active.bank
 
     def answer(
         self,

@@ -217,8 +217,7 @@ def _load(
         raise InvalidSettings("TOSCA_REQUIRE_SIGNATURE needs TOSCA_TRUSTED_SIGNERS: nobody is trusted yet")
     publisher = Publisher(
         store,
-        backbone.device,
-        settings.impact_margin,
+        margin=settings.impact_margin,
         trust=trust,
         module_memory_bytes=settings.module_memory_bytes,
     )

@@ -64,9 +64,10 @@ class Engine:
         self._stopping = False
 
     def __enter__(self) -> "Engine":
-        if runtime_kind(self.backbone.runtime_name).engine != "torch":
-            # The passes have threads of their own; beside them, those of torch wait for each other at every
-            # operation of the bank, and spin meanwhile (docs/experiments.md).
+        on_cuda = self.backbone.device.type == "cuda"
+        if on_cuda or runtime_kind(self.backbone.runtime_name).engine != "torch":
+            # The passes have threads of their own, or none; beside them, those of torch wait for each other
+            # at every operation of the bank, and spin meanwhile (docs/experiments.md).
             torch.set_num_threads(1)
         elif self._settings.torch_threads:
             torch.set_num_threads(self._settings.torch_threads)

@@ -10,6 +10,7 @@ from model_store.backbone import BackboneArtefact, build_model
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
+from model_store.runtimes.quick_gelu import silu_for_quick_gelu
 from model_store.runtimes.runtime import PLAIN_GROUP
 from model_store.runtimes.smoothing import activation_group, smooth
 from model_store.runtimes.split_attention import SplitAttention, split_attention
@@ -287,3 +288,30 @@ def test_another_architecture_stays_as_it_is(architecture: str) -> None:
     parts = [(block, getattr(block, "attn", None)) for block in model.blocks]
     split_attention(for_cls_alone(model))
     assert [(block, getattr(block, "attn", None)) for block in model.blocks] == parts
+
+
+# -- activations -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_silu_of_scaled_layers_is_quick_gelu(options: dict[str, Any]) -> None:
+    model = model_of(PLAIN, act_layer="quick_gelu", **options)
+    whole_BD = embed(model)
+    assert silu_for_quick_gelu(model) is model
+    assert {type(block.mlp.act) for block in model.blocks} == {torch.nn.SiLU}
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embed(for_cls_alone(model)), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_other_activations_stay() -> None:
+    model = model_of(PLAIN)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert {type(block.mlp.act) for block in silu_for_quick_gelu(model).blocks} == {torch.nn.GELU}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_mlp_with_a_norm_between_its_layers_keeps_quick_gelu() -> None:
+    """The norm would divide the factor out again."""
+    model = model_of(PLAIN, act_layer="quick_gelu", scale_mlp_norm=True)
+    whole_BD = embed(model)
+    torch.testing.assert_close(embed(silu_for_quick_gelu(model)), whole_BD, rtol=1e-4, atol=1e-4)

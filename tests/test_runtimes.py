@@ -139,6 +139,25 @@ def test_variants_tell_runtimes_and_exports_apart(load: Callable[[RuntimeKind], 
     assert variants[0] == REFERENCE
 
 
+@pytest.mark.parametrize("sha256, variant", [("", "torch-float32"), ("e" * 64, "torch-float32-eeeeeeeeeeee")])
+def test_variants_tell_a_gpu_from_the_cpu(sha256: str, variant: str, tiny_artefact: BackboneArtefact) -> None:
+    """Its kernels round otherwise: what one computed does not stand for what the other would."""
+
+    class Placed:
+        batch_buckets = ()
+
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def embed(self, pixels_BCHW: Tensor) -> Tensor:
+            raise NotImplementedError
+
+    manifest = tiny_artefact.manifest
+    assert Backbone(manifest, Placed(CPU), REFERENCE, sha256).variant == variant
+    on_cuda = Backbone(manifest, Placed(torch.device("cuda", 1)), REFERENCE, sha256).variant
+    assert on_cuda == variant.replace("float32", "float32-cuda")
+
+
 # -- exports -----------------------------------------------------------------------------------------
 
 

@@ -35,8 +35,9 @@ class Answering:
             export = Path(arguments.export).read_bytes() if arguments.export else None
             self._backbone = ordinary_backbone(artefact, arguments.runtime, export, num_threads)
             self._to_pixels, self._stack = ordinary_pixels, ordinary_stack
-        if runtime_kind(self._backbone.runtime_name).engine != "torch":
-            torch.set_num_threads(1)  # beside the threads of another engine they cost more than they do
+        on_cuda = self._backbone.device.type == "cuda"
+        if on_cuda or runtime_kind(self._backbone.runtime_name).engine != "torch":
+            torch.set_num_threads(1)  # where they compute no passes, they cost more than they do
         self._bank: ModuleBank = Publisher(store).active.bank
         side = self._backbone.preprocessing.height
         for batch_size in range(1, max_batch_size + 1):

@@ -26,19 +26,25 @@ def _arguments() -> Arguments:
     return Arguments(**json.loads(os.environ[_VARIABLE]))
 
 
-@bentoml.service(workers=1, traffic=_TRAFFIC, logging=_QUIET)
+# BentoML imports this module again in its processes, where the arguments are known.
+_WORKERS = _arguments().workers if _VARIABLE in os.environ else 1
+_MAX_BATCH_SIZE = _arguments().max_batch_size if _VARIABLE in os.environ else 8
+
+
+@bentoml.service(workers=_WORKERS, traffic=_TRAFFIC, logging=_QUIET)
 class Passes:
     def __init__(self) -> None:
         arguments = _arguments()
-        self._answering = Answering(arguments, arguments.threads, arguments.max_batch_size)
-        self._decoders = ThreadPoolExecutor(arguments.threads)
+        threads = arguments.threads // arguments.workers
+        self._answering = Answering(arguments, threads, arguments.max_batch_size)
+        self._decoders = ThreadPoolExecutor(threads)
 
-    @bentoml.api(batchable=True, max_batch_size=8, max_latency_ms=60_000)
+    @bentoml.api(batchable=True, max_batch_size=_MAX_BATCH_SIZE, max_latency_ms=60_000)
     def answer(self, pictures: list[bytes]) -> list[dict[str, Any]]:
         return self._answering.answer(list(self._decoders.map(self._answering.decode, pictures)))
 
 
-@bentoml.service(workers=1, traffic=_TRAFFIC, logging=_QUIET)
+@bentoml.service(workers=_WORKERS, traffic=_TRAFFIC, logging=_QUIET)
 @bentoml.asgi_app(front)
 class Front:
     passes = bentoml.depends(Passes)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import for_cls_alone
+from model_store.runtimes.quick_gelu import silu_for_quick_gelu
 
 _DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUDA_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -129,12 +130,13 @@ class CudaGraphRuntime:
 def load_torch(
     model: nn.Module, preprocessing: Preprocessing, precision: str, device: torch.device
 ) -> TorchRuntime | CudaGraphRuntime:
-    """The model on its device: on CUDA as graphs, for the CLS token alone; in bfloat16 reading bytes. On the
-    CPU in float32 it stays as it is, since all others are compared with it there."""
+    """The model on its device: on CUDA as graphs, for the CLS token alone, with one kernel an activation; in
+    bfloat16 reading bytes. On the CPU in float32 it stays as it is, since all others are compared with it
+    there."""
     if precision != "float32":
         model = byte_patches(model, preprocessing)
     if device.type == "cuda":
-        embedding = Embedding(for_cls_alone(model), preprocessing, precision)
+        embedding = Embedding(for_cls_alone(silu_for_quick_gelu(model)), preprocessing, precision)
         with torch.cuda.device(device):
             return CudaGraphRuntime(embedding, device)
     return TorchRuntime(Embedding(model, preprocessing, precision), device)
