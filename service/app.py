@@ -71,8 +71,8 @@ def create_app(
             engine, registry = await asyncio.to_thread(_load, settings, backbone, store, audit, telemetry)
             with engine, contextlib.closing(registry):
                 quota = KeyQuota(settings.max_requests_per_key)
-                repository = ModelRepository(registry, settings.max_history)
                 known = Replicas(registry, settings)
+                repository = ModelRepository(registry, known, settings.max_history)
                 state = ServiceState(settings, engine, registry, known, access, quota, repository)
                 app.state.service = state
                 async with (

@@ -50,6 +50,9 @@ def serve(
     store: Annotated[str | None, typer.Option(help="Folder or URL of the store [TOSCA_STORE].")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [TOSCA_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [TOSCA_PORT].")] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that share port and device [TOSCA_PROCESSES].")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [TOSCA_DEVICE].")] = None,
     runtime: Annotated[
         str | None, typer.Option(help="auto (the tuned one) or its name [TOSCA_RUNTIME].")
@@ -59,14 +62,20 @@ def serve(
 
     Example: tosca serve --store .tosca/store --port 8000
     """
-    from service.server import serve as run
-
-    given = {"store": store, "host": host, "port": port, "device": device, "runtime": runtime}
+    given = {"store": store, "host": host, "port": port, "processes": processes}
+    given |= {"device": device, "runtime": runtime}
     settings = read_settings(Settings, given)
     choose(settings.runtime, ("auto", *RUNTIMES), "--runtime")
     resolve_device(settings.device)  # raises InvalidBackbone: a clear error before a server log
     ModelStore(settings.store).require_head()
-    run(settings)
+    if settings.processes > 1:
+        from service.supervisor import supervise
+
+        supervise(settings)
+    else:
+        from service.server import serve as run
+
+        run(settings)
 
 
 def predict(

@@ -1,9 +1,11 @@
-"""Logs for machines (one JSON object a line) or for people, each line with the ids of its request."""
+"""Logs for machines (one JSON object a line) or for people, each line with the ids of its request, and
+which process wrote it where there are several."""
 
 import json
 import logging
 import logging.config
 from datetime import UTC, datetime
+from multiprocessing import parent_process
 
 from service.request_context import current_request
 from service.settings import Settings
@@ -19,6 +21,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **({"process": record.processName} if parent_process() else {}),
             **({"request_id": context.request_id} if context else {}),
             **({"trace_id": context.trace_id} if context and context.trace_id else {}),
             **getattr(record, "fields", {}),
@@ -43,13 +46,17 @@ class TextFormatter(logging.Formatter):
 
 def configure_logs(settings: Settings) -> None:
     """Send everything, uvicorn's own lines too, to standard error in one format."""
+    process = "%(processName)s " if parent_process() else ""
     formatter = JsonFormatter if settings.log_format == "json" else TextFormatter
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
             "formatters": {
-                "chosen": {"()": formatter, "format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}
+                "chosen": {
+                    "()": formatter,
+                    "format": f"%(asctime)s {process}%(levelname)s %(name)s: %(message)s",
+                }
             },
             "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "chosen"}},
             "root": {"level": settings.log_level.upper(), "handlers": ["stderr"]},

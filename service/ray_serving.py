@@ -34,7 +34,7 @@ _ANY_HOST = "0.0.0.0"  # noqa: S104 - nothing listens there: it is what access i
 REPLICA_HEADER = "x-tosca-replica"
 IMPORT_PATH = f"{__name__}:build_app"
 # They are of a process that owns its ports, or would be taken twice by two replicas on one machine.
-_NOT_UNDER_RAY = ("admin_port", "grpc_port", "tls_certificate", "tls_key")
+_NOT_UNDER_RAY = ("processes", "admin_port", "grpc_port", "tls_certificate", "tls_key")
 
 
 class Arguments(BaseModel):
@@ -88,7 +88,7 @@ def replica_settings(args: Arguments) -> Settings:
     given: dict[str, Any] = {"host": _ANY_HOST, **args.settings}
     settings = Settings(**given)
     for name in _NOT_UNDER_RAY:
-        if getattr(settings, name) is not None:
+        if getattr(settings, name) != Settings.model_fields[name].default:
             raise InvalidSettings(f"TOSCA_{name.upper()} cannot be had under Ray Serve: see docs/ray.md")
     num_threads = max(1, int(args.num_cpus))
     return settings.model_copy(

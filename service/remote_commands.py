@@ -100,7 +100,7 @@ def remote_add(
             force=force,
             reason=reason,
             signature=None if signature is None else signature.model_dump_json(),
-            wait="all" if wait else "this",
+            wait="all" if wait else None,
         )
     _print_change(change, json)
 
@@ -119,7 +119,7 @@ def remote_remove(
     Example: tosca remote remove birds --reason "wrong labels"
     """
     with Client(server, key=key) as client:
-        _print_change(client.remove_task(task, reason=reason, wait="all" if wait else "this"), json)
+        _print_change(client.remove_task(task, reason=reason, wait="all" if wait else None), json)
 
 
 @remote_app.command("replicas")
@@ -183,7 +183,7 @@ def remote_rollback(
     Example: tosca remote rollback 7
     """
     with Client(server, key=key) as client:
-        _print_change(client.rollback(number, reason=reason, wait="all" if wait else "this"), json)
+        _print_change(client.rollback(number, reason=reason, wait="all" if wait else None), json)
 
 
 def _print_change(change: Change, json: bool) -> None:

@@ -52,6 +52,8 @@ class Replicas:
         self._heartbeat_s = settings.heartbeat_s
         self._address = settings.replica_address
         self._keep_s = settings.replica_keep_s
+        self._default_wait = settings.default_wait
+        self._longest_wait_s = settings.replica_wait_s
         self._longest_look_s = settings.request_timeout_s
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="replicas")
         self._looking = SingleFlight(self._look, _LEAST_SECONDS_BETWEEN_LOOKS)
@@ -92,6 +94,11 @@ class Replicas:
                     standing = await self._standing(revision)
             if standing.all_serve or time.monotonic() >= ends_at:
                 return standing
+
+    async def settle(self, revision: int) -> None:
+        """What a change waits for whose client cannot say: nothing, or all where processes share a port."""
+        if self._default_wait == "all":
+            await self.wait_for(revision, self._longest_wait_s)
 
     async def _standing(self, revision: int) -> Standing:
         try:

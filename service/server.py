@@ -23,11 +23,13 @@ from starlette.types import ASGIApp
 
 from model_store.backbone import Backbone
 from service.app import create_admin_app, create_app
-from service.errors import CannotListen, InvalidSettings
+from service.errors import InvalidSettings
 from service.http_protocol import bounded_protocol
 from service.logs import configure_logs
 from service.planes import Planes
+from service.ports import bind, check_ports, port_of
 from service.settings import Settings
+from service.siblings import Siblings
 from service.turns import wait_for_turns
 
 log = logging.getLogger("tosca.server")
@@ -38,23 +40,25 @@ _TICKS_BETWEEN_CHECKS = 10  # a tick of uvicorn is 0.1 s
 _GARBAGE_THRESHOLD = 5000
 
 
-def serve(settings: Settings, backbone: Backbone | None = None) -> None:
-    """Serve until a signal. Raises InvalidSettings, CannotListen, and what creating the application
-    raises."""
+def serve(settings: Settings, backbone: Backbone | None = None, *, siblings: Siblings | None = None) -> None:
+    """Serve until a signal; with `siblings` on a port that is theirs, too.
+
+    Raises InvalidSettings, CannotListen, and what creating the application raises.
+    """
     configure_logs(settings)
     if (settings.tls_certificate is None) != (settings.tls_key is None):
         raise InvalidSettings("TOSCA_TLS_CERTIFICATE and TOSCA_TLS_KEY go together")
     main = create_app(settings, backbone)
     planes = Planes(main)
-    sockets = [_bind(settings.host, settings.port)]
+    sockets = [bind(settings.host, settings.port, is_shared=siblings is not None)]
     if settings.admin_port is not None:
-        sockets.append(_bind(settings.admin_host, settings.admin_port))
-        _check_ports(*sockets)
-        planes.put(_port(sockets[1]), create_admin_app(settings, main))
+        sockets.append(bind(settings.admin_host, settings.admin_port))
+        check_ports(*sockets)
+        planes.put(port_of(sockets[1]), create_admin_app(settings, main))
     config = config_of(settings, planes, main.state.telemetry.metrics.count_refusal)
     for name, one in zip(("main", "admin"), sockets, strict=False):
         log.info("%s port: %s:%d", name, *one.getsockname()[:2])
-    Server(config, main, settings).run(sockets)
+    Server(config, main, settings, siblings).run(sockets)
 
 
 def config_of(settings: Settings, app: ASGIApp, on_refusal: Callable[[str], None]) -> uvicorn.Config:
@@ -76,10 +80,17 @@ def config_of(settings: Settings, app: ASGIApp, on_refusal: Callable[[str], None
 class Server(uvicorn.Server):
     """uvicorn with the shutdown and the watch described above."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: FastAPI,
+        settings: Settings,
+        siblings: Siblings | None = None,
+    ) -> None:
         super().__init__(config)
         self._app = app
         self._settings = settings
+        self._siblings = siblings
         self._num_dead_checks = 0
         self._is_draining = False
 
@@ -93,15 +104,31 @@ class Server(uvicorn.Server):
         gc.collect()
         gc.freeze()
         gc.set_threshold(_GARBAGE_THRESHOLD, *gc.get_threshold()[1:])
+        if self._siblings is not None and state is not None:
+            self._siblings.join(state.registry, state.replicas.own_id, self.drain, self.end)
 
     def handle_exit(self, sig: int, _: FrameType | None) -> None:
-        """The first signal drains, the second ends at once. Not remembered, so that the exit status is 0."""
+        """The first signal drains, the second ends at once. Not remembered, so that the exit status is 0.
+
+        One of several servers ends at once when its supervisor says so: a terminal's or systemd's signal
+        reaches it twice, by itself and as word of the supervisor.
+        """
+        if self._is_draining and self._siblings is None:
+            self.end()
+        else:
+            self.drain(sig)
+
+    def drain(self, sig: int) -> None:
+        """What the first signal does; nothing once that has begun."""
         if self._is_draining:
-            self.force_exit = self.should_exit = True
             return
         self._is_draining = True
         grace_s = self._settings.shutdown_grace_s if sig == signal.SIGTERM else 0.0
         asyncio.get_event_loop().call_soon_threadsafe(self._drain, grace_s)
+
+    def end(self) -> None:
+        """What the second signal does."""
+        self.force_exit = self.should_exit = True
 
     def _drain(self, grace_s: float) -> None:
         log.info("draining: not ready any more, accepting for %g s", grace_s)
@@ -129,28 +156,3 @@ class Server(uvicorn.Server):
             log.critical("the engine answers no more: ending with status %d", DEAD_STATUS)
             logging.shutdown()
             os._exit(DEAD_STATUS)  # no clean-up: a thread that hangs would hold it for ever
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound, but refuses connections until the application has started."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise CannotListen(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-    return bound
-
-
-def _check_ports(main: socket.socket, admin: socket.socket) -> None:
-    """Raises InvalidSettings when they have one number, by which the planes are told apart."""
-    if (port := _port(main)) == _port(admin):
-        main.close()
-        admin.close()
-        raise InvalidSettings(f"main and admin port are both {port}: they need two, on two addresses, too")
-
-
-def _port(bound: socket.socket) -> int:
-    port: int = bound.getsockname()[1]
-    return port

@@ -15,7 +15,7 @@ from model_store.publishing import DEFAULT_MARGIN
 
 # The least p-value of a task with M calibration vectors is 1/(M + 1): below that it never abstains.
 DEFAULT_ABSTAIN_LEVEL = 0.02
-# Nobody shares a folder unless that was said; an object store is what replicas share.
+# Nobody shares a folder unless that was said, as by TOSCA_PROCESSES; an object store is what replicas share.
 _HEARTBEAT_S = 10.0
 
 Bytes = Annotated[int, Field(gt=0)]
@@ -42,6 +42,13 @@ class Settings(BaseSettings):
     )
     grpc_port: int | None = Field(
         None, ge=0, le=65535, description="Port of the Open Inference Protocol over gRPC; without: none."
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Server processes that share the port and the device (Linux); limits are those of each. "
+        "The admin port is the first one's, the next one's is one higher, and so on.",
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     runtime: str = Field("auto", description="auto (the tuned one) or a name of `tosca backbone tune`.")
@@ -111,7 +118,11 @@ class Settings(BaseSettings):
 
     max_batch_size: int = Field(0, ge=0, description="Pictures a backbone pass; 0: 8 on CPU, 64 on CUDA.")
     max_wait_s: Seconds = Field(0.0, description="How long an idle device waits for a batch to fill.")
-    decode_threads: int = Field(0, ge=0, description="Threads decoding pictures; 0: one per core, at most 8.")
+    decode_threads: int = Field(
+        0,
+        ge=0,
+        description="Threads decoding pictures; 0: one per core, at most 8; each process has its share.",
+    )
     torch_threads: int = Field(0, ge=0, description="Threads of the backbone's passes on CPU; 0: all cores.")
     streams: int = Field(
         0, ge=0, description="Passes side by side on CPU, which share these threads; 0: as tuned, else 1."
@@ -148,8 +159,8 @@ class Settings(BaseSettings):
         None,
         le=3600.0,
         description="How often this replica's record in the store is written, give or take a fifth; others "
-        "count it as gone after three times as long. 0: never; without: 10 s on an object store, never in a "
-        "folder.",
+        "count it as gone after three times as long. 0: never; without: 10 s, but never in a folder that one "
+        "process serves.",
     )
     replica_address: str | None = Field(
         None, max_length=300, description="Where others reach this replica; told in its record."
@@ -208,7 +219,13 @@ class Settings(BaseSettings):
         """Seconds between the records of this replica; 0: it writes none."""
         if self.replica_heartbeat_s is not None:
             return self.replica_heartbeat_s
-        return 0.0 if folder_of(self.store) else _HEARTBEAT_S
+        return 0.0 if folder_of(self.store) and self.processes == 1 else _HEARTBEAT_S
+
+    @property
+    def default_wait(self) -> Literal["this", "all"]:
+        """Who must serve a change before it is answered. Where processes share a port, the next request may
+        reach any of them."""
+        return "this" if self.processes == 1 else "all"
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -227,4 +244,4 @@ class Settings(BaseSettings):
 
     @property
     def num_decode_threads(self) -> int:
-        return self.decode_threads or min(8, os.cpu_count() or 1)
+        return self.decode_threads or min(8, max(1, (os.cpu_count() or 1) // self.processes))

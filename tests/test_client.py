@@ -241,6 +241,19 @@ def test_both_clients_send_the_same(call: Callable[[Any], Any]) -> None:
     assert sent(lambda server: server.ask(call)) == sent(lambda server: server.ask_async(call))
 
 
+def test_whom_a_change_waits_for_is_left_to_the_server_unless_it_is_said() -> None:
+    for wait in (None, "this", "all"):
+        server = Server(refused(501), refused(501), refused(501))
+        for call in (
+            lambda client, wait=wait: client.add_task(b"module", wait=wait),
+            lambda client, wait=wait: client.remove_task("birds", wait=wait),
+            lambda client, wait=wait: client.rollback(3, wait=wait),
+        ):
+            with pytest.raises(ServerRefused):
+                server.ask(call)
+        assert [request.url.params.get("wait") for request in server.requests] == [wait] * 3
+
+
 def test_paths_bytes_and_pictures_of_pillow_are_the_same_picture(tmp_path: Path) -> None:
     image = noise()
     data = encoded(image)

@@ -92,10 +92,10 @@ def test_ray_lets_in_more_than_the_service_takes_so_that_the_service_refuses() -
         options(max_ongoing_requests=room)
 
 
-@pytest.mark.parametrize("name", ["admin_port", "grpc_port"])
-def test_ports_of_a_process_cannot_be_had(name: str) -> None:
+@pytest.mark.parametrize("name", ["admin_port", "grpc_port", "processes"])
+def test_what_a_process_with_ports_of_its_own_has_cannot_be_had(name: str) -> None:
     with pytest.raises(InvalidSettings, match=name.upper()):
-        build_app(Arguments(settings={**LOCAL, name: 9001}))
+        build_app(Arguments(settings={**LOCAL, name: 2}))
 
 
 def test_a_replica_whose_proxy_may_be_reached_by_strangers_wants_keys() -> None:

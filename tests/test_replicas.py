@@ -167,10 +167,10 @@ def join(tiny_store: ModelStore, tiny_backbone: Backbone) -> Iterator[Join]:
         yield start
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + 30.0
+def wait_until(is_so: Callable[[], bool], longest_s: float = 30.0) -> None:
+    ends_at = time.monotonic() + longest_s
     while not is_so():
-        assert time.monotonic() < ends_at, "it did not become so within 30 s"
+        assert time.monotonic() < ends_at, f"it did not become so within {longest_s:g} s"
         time.sleep(0.01)
 
 

@@ -154,7 +154,7 @@ class AsyncClient:
         force: bool = False,
         reason: str = "",
         signature: str | None = None,
-        wait: Wait = "this",
+        wait: Wait | None = None,
     ) -> Change:
         call = await asyncio.to_thread(
             calls.add_task,
@@ -167,7 +167,7 @@ class AsyncClient:
         )
         return await self._run(call)
 
-    async def remove_task(self, name: str, *, reason: str = "", wait: Wait = "this") -> Change:
+    async def remove_task(self, name: str, *, reason: str = "", wait: Wait | None = None) -> Change:
         return await self._run(calls.remove_task(name, reason, wait))
 
     async def replicas(self) -> list[Replica]:
@@ -176,7 +176,7 @@ class AsyncClient:
     async def revisions(self, limit: int = 50) -> list[Revision]:
         return await self._run(calls.revisions(limit))
 
-    async def rollback(self, number: int, *, reason: str = "", wait: Wait = "this") -> Change:
+    async def rollback(self, number: int, *, reason: str = "", wait: Wait | None = None) -> Change:
         return await self._run(calls.rollback(number, reason, wait))
 
     async def _run(self, call: Call[Result], minimum_revision: int | None = None) -> Result:

@@ -100,13 +100,13 @@ def add_task(
     force: bool,
     reason: str,
     signature: str | None,
-    wait: Wait,
+    wait: Wait | None,
 ) -> Call[Change]:
     return Call(
         "POST",
         "/tasks",
         Change.of,
-        {"dry_run": dry_run, "force": force, "reason": reason, "wait": wait},
+        {"dry_run": dry_run, "force": force, "reason": reason} | _waiting(wait),
         content=module if isinstance(module, bytes) else Path(module).read_bytes(),
         headers={"content-type": "application/octet-stream"}
         | ({"x-module-signature": signature} if signature is not None else {}),
@@ -114,7 +114,7 @@ def add_task(
     )
 
 
-def remove_task(name: str, reason: str, wait: Wait) -> Call[Change]:
+def remove_task(name: str, reason: str, wait: Wait | None) -> Call[Change]:
     return _change("DELETE", f"/tasks/{quote(name, safe='')}", reason, wait)
 
 
@@ -122,13 +122,18 @@ def revisions(limit: int) -> Call[list[Revision]]:
     return Call("GET", "/revisions", lambda data: [Revision.of(one) for one in data], {"limit": limit})
 
 
-def rollback(number: int, reason: str, wait: Wait) -> Call[Change]:
+def rollback(number: int, reason: str, wait: Wait | None) -> Call[Change]:
     return _change("POST", f"/revisions/{number}/rollback", reason, wait)
 
 
-def _change(method: str, path: str, reason: str, wait: Wait) -> Call[Change]:
-    query = {"reason": reason, "wait": wait}
+def _change(method: str, path: str, reason: str, wait: Wait | None) -> Call[Change]:
+    query = {"reason": reason} | _waiting(wait)
     return Call(method, path, Change.of, query, is_repeatable=False, revision_of=_changed_to)
+
+
+def _waiting(wait: Wait | None) -> dict[str, str]:
+    """The server knows best whom to wait for, unless the caller does."""
+    return {} if wait is None else {"wait": wait}
 
 
 def _changed_to(change: Change) -> int:

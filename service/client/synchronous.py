@@ -175,7 +175,7 @@ class Client:
         force: bool = False,
         reason: str = "",
         signature: str | None = None,
-        wait: Wait = "this",
+        wait: Wait | None = None,
     ) -> Change:
         """Register a module file, by its bytes or path; with `dry_run` only measure its impact.
 
@@ -188,7 +188,7 @@ class Client:
         )
         return self._run(call)
 
-    def remove_task(self, name: str, *, reason: str = "", wait: Wait = "this") -> Change:
+    def remove_task(self, name: str, *, reason: str = "", wait: Wait | None = None) -> Change:
         return self._run(calls.remove_task(name, reason, wait))
 
     def replicas(self) -> list[Replica]:
@@ -199,7 +199,7 @@ class Client:
         """The newest revisions, newest first."""
         return self._run(calls.revisions(limit))
 
-    def rollback(self, number: int, *, reason: str = "", wait: Wait = "this") -> Change:
+    def rollback(self, number: int, *, reason: str = "", wait: Wait | None = None) -> Change:
         """Publish the task set of revision `number` as a new revision."""
         return self._run(calls.rollback(number, reason, wait))
 

@@ -33,7 +33,8 @@ async def serving_grpc(state: ServiceState) -> AsyncIterator[int | None]:
             ("grpc.absolute_max_metadata_size", settings.max_header_bytes),
             ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ONLY),
             ("grpc.http2.bdp_probe", 0),  # else megabytes of every call arrive before its message is wanted
-            ("grpc.so_reuseport", 0),  # two servers on one port would each get half of the calls
+            # Two servers on one port each get half of the calls, which only processes of one service may.
+            ("grpc.so_reuseport", int(settings.processes > 1)),
         ],
         maximum_concurrent_rpcs=settings.max_grpc_calls,
     )

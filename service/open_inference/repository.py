@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_store.errors import CorruptStore, InvalidRequest, UnknownRevision, UnknownTask
-from model_store.publishing import Publisher
+from model_store.publishing import Outcome, Publisher
 from service.open_inference.models import SERVICE_MODEL, find_model
 from service.registry import TaskRegistry
+from service.replicas import Replicas
 
 log = logging.getLogger("tosca.repository")
 
@@ -29,9 +30,10 @@ class ModelRepository:
     Loading publishes a revision with that module, unloading one without the task.
     """
 
-    def __init__(self, registry: TaskRegistry, max_revisions: int) -> None:
+    def __init__(self, registry: TaskRegistry, replicas: Replicas, max_revisions: int) -> None:
         """`max_revisions`: how far back the history is read."""
         self._registry = registry
+        self._replicas = replicas
         self._max_revisions = max_revisions
         self._latest: dict[str, str] = {}  # SHA-256 by task; changed on the loader thread alone
         self._read_up_to = 0
@@ -64,13 +66,18 @@ class ModelRepository:
         outcome = await self._registry.register_stored(
             latest[name], dry_run=False, force=False, reason=f"load {name}", author=author
         )
-        return outcome.active.revision.number
+        return await self._settled(outcome)
 
     async def unload(self, name: str, *, author: str | None) -> int:
         """Take a task out of the active set; the revision then served. Raises UnknownTask."""
         _check_is_task(name)
         outcome = await self._registry.remove(name, reason=f"unload {name}", author=author)
-        return outcome.active.revision.number
+        return await self._settled(outcome)
+
+    async def _settled(self, outcome: Outcome) -> int:
+        number = outcome.active.revision.number
+        await self._replicas.settle(number)
+        return number
 
     def _follow(self, publisher: Publisher) -> Mapping[str, str]:
         """The latest module of every task made for this backbone; no revision is read twice, and one that

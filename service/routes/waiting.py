@@ -41,16 +41,18 @@ class Patience:
 async def read_patience(
     state: State,
     wait: Annotated[
-        Literal["this", "all"],
+        Literal["this", "all"] | None,
         Query(
-            description="`all`: answer when every live replica serves the change, or after "
+            description="`this` replica, which is the default unless several processes share the port, or "
+            "`all`: answer when every live replica serves the change, or after "
             "`TOSCA_REPLICA_WAIT_S` or X-Request-Timeout; the body says which do. The status is that of the "
             "change, which is published in any case."
         ),
-    ] = "this",
+    ] = None,
     x_request_timeout: Annotated[str | None, Header(description="Seconds the answer may take.")] = None,
 ) -> Patience:
     """Raises InvalidRequest, before anything is changed, where replicas do not know each other."""
+    wait = wait or state.settings.default_wait
     if wait == "all" and not state.replicas.are_known:
         raise InvalidRequest(
             "wait=all needs replicas that know each other: set TOSCA_REPLICA_HEARTBEAT_S on all of them"
