@@ -4,9 +4,9 @@ The demo's store, 256-pixel JPEGs, bank and number format are the same for all, 
 users write them (benchmarks/serving.py): the whole timm model, and one worker of all threads or several that
 share them. This service runs as one process and as several. Every picture takes a pass: caches are off.
 
-All servers are started first; those not being measured are stopped by a signal. Load comes from another
-process: closed loops of few and many clients, an open loop at 70 % of what this service and the best peer can
-both do, and for this service, whose requests may hold several pictures, 16 clients that send 16 each.
+Servers run one after another in every round. Load comes from another process: closed loops of few and many
+clients, an open loop at 70 % of what this service and the best peer can both do, and for this service, whose
+requests may hold several pictures, 16 clients that send 16 each.
 
 Two limits are measured without a server, each at its best batch: the pass as this project captures it, and
 the ordinary one.
@@ -17,12 +17,10 @@ TOSCA_BENCH_WORKERS the processes or workers of a server that has several (8).
 Example: python -m benchmarks.cuda_serving
 """
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ import torch
 from benchmarks.agreement import cosine_with_ours, share_of_same_answers
 from benchmarks.machine import machine
 from benchmarks.peers.ordinary import ordinary_stack
-from benchmarks.servers import OURS, OURS_PROCESSES, PEERS, WITH_WORKERS, Served, Server, answers, load
+from benchmarks.servers import OURS, OURS_PROCESSES, PEERS, WITH_WORKERS, Served, answers, load, running
 from benchmarks.serving import (
     DEMO,
     OPEN_LOOP_SHARE,
@@ -81,28 +79,30 @@ def measure(pictures: Path) -> dict[str, Any]:
     }
     forms: dict[str, list[dict[str, float]]] = {OURS: [], OURS_PROCESSES: []}
     opened: dict[str, list[dict[str, float]]] = {name: [] for name in SERVERS}
-    with contextlib.ExitStack() as stack:
-        servers = start_all(stack, served, pictures)
-        same_answers = compare_answers(servers, pictures)
-        for _ in range(ROUNDS):
-            for name, server in servers.items():
-                with awake(server, pictures):
-                    for clients in CLIENTS:
-                        found = load(server.url, pictures, SECONDS, clients=clients)
-                        closed[name][str(clients)].append(told(name, found))
-                    if name in forms:
-                        found = load(server.url, pictures, SECONDS, **FORMS)
-                        forms[name].append(told(f"{name}, forms", found))
-        saturated = {
-            name: max(median(runs, "images_per_s") for runs in by_clients.values())
-            for name, by_clients in closed.items()
-        }
-        best_peer = max(saturated[name] for name in PEERS_HERE)
-        rate = OPEN_LOOP_SHARE * min(max(saturated[OURS], saturated[OURS_PROCESSES]), best_peer)
-        for _ in range(ROUNDS):
-            for name, server in servers.items():
-                with awake(server, pictures):
-                    opened[name].append(told(name, load(server.url, pictures, SECONDS, rate=rate)))
+    expected: list[dict[str, Any]] = []
+    same_answers = {}
+    for _ in range(ROUNDS):
+        for name in SERVERS:
+            with running(name, served, pictures) as url:
+                given = answers(url, pictures)
+                expected = given if name == OURS else expected
+                same_answers[name] = share_of_same_answers(name, given, expected)
+                for clients in CLIENTS:
+                    closed[name][str(clients)].append(
+                        told(name, load(url, pictures, SECONDS, clients=clients))
+                    )
+                if name in forms:
+                    forms[name].append(told(f"{name}, forms", load(url, pictures, SECONDS, **FORMS)))
+    saturated = {
+        name: max(median(runs, "images_per_s") for runs in by_clients.values())
+        for name, by_clients in closed.items()
+    }
+    best_peer = max(saturated[name] for name in PEERS_HERE)
+    rate = OPEN_LOOP_SHARE * min(max(saturated[OURS], saturated[OURS_PROCESSES]), best_peer)
+    for _ in range(ROUNDS):
+        for name in SERVERS:
+            with running(name, served, pictures) as url:
+                opened[name].append(told(name, load(url, pictures, SECONDS, rate=rate)))
     p99, refused = summarise(opened)
     return {
         "summary": {
@@ -126,38 +126,6 @@ def measure(pictures: Path) -> dict[str, Any]:
         "forms": {**FORMS, "runs": forms},
         "open_loop": opened,
     }
-
-
-def start_all(stack: contextlib.ExitStack, served: Served, pictures: Path) -> dict[str, Server]:
-    """Every server, ready and paused."""
-    servers = {}
-    for name in SERVERS:
-        servers[name] = Server(name, served)
-        stack.callback(servers[name].stop)
-    for server in servers.values():
-        server.wait_until_ready(next(pictures.iterdir()))
-    for server in servers.values():
-        server.pause()
-    return servers
-
-
-@contextlib.contextmanager
-def awake(server: Server, pictures: Path) -> Iterator[None]:
-    server.resume()
-    server.wait_until_ready(next(pictures.iterdir()))
-    try:
-        yield
-    finally:
-        server.pause()
-
-
-def compare_answers(servers: dict[str, Server], pictures: Path) -> dict[str, float]:
-    """The share of pictures to which each server answers as this one does, by name."""
-    given = {}
-    for name, server in servers.items():
-        with awake(server, pictures):
-            given[name] = answers(server.url, pictures)
-    return {name: share_of_same_answers(name, found, given[OURS]) for name, found in given.items()}
 
 
 def told(name: str, found: dict[str, float]) -> dict[str, float]:

@@ -63,64 +63,32 @@ class Served:
     max_batch_size: int = MAX_BATCH_SIZE
 
 
-class Server:
-    """One server in its own processes, from its start until it is stopped."""
-
-    def __init__(self, name: str, served: Served) -> None:
-        self.name = name
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (as long as the server)
-        command, variables = _command(name, served, port)
-        variables["OMP_NUM_THREADS"] = str(served.threads)
-        self._process = subprocess.Popen(
-            command, env=os.environ | variables, stdout=self._log, stderr=self._log, start_new_session=True
-        )
-
-    def wait_until_ready(self, picture: Path) -> None:
-        """Until a first picture is answered. Raises AssertionError with the end of its log."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                raise AssertionError(f"{self.name} ended: {self._end_of_log()}")
-            with contextlib.suppress(httpx.HTTPError):
-                if _ask(self.url, picture).is_success:
-                    return
-            time.sleep(0.2)
-        raise AssertionError(f"{self.name} was not ready within {START_TIMEOUT_S} s: {self._end_of_log()}")
-
-    def pause(self) -> None:
-        """Take no processor time until `resume`: another server is being measured."""
-        os.killpg(self._process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        os.killpg(self._process.pid, signal.SIGCONT)
-
-    def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(ProcessLookupError):
-            self.resume()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(30.0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # some leave their workers behind
-        self._process.wait()
-        self._log.close()
-
-    def _end_of_log(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-2000:]
-
-
 @contextlib.contextmanager
-def running(name: str, served: Served, pictures: Path) -> Iterator[str]:
-    """The URL of one server, until the block ends."""
-    server = Server(name, served)
-    try:
-        server.wait_until_ready(next(pictures.iterdir()))
-        yield server.url
-    finally:
-        server.stop()
+def running(server: str, served: Served, pictures: Path) -> Iterator[str]:
+    """The URL of one server in its own process, until the block ends."""
+    port = free_port()
+    command, variables = _command(server, served, port)
+    variables["OMP_NUM_THREADS"] = str(served.threads)
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, env=os.environ | variables, stdout=log, stderr=log, start_new_session=True
+        )
+        url = f"http://127.0.0.1:{port}"
+        try:
+            _wait_until_ready(url, server, process, next(pictures.iterdir()))
+            if server == OURS_PROCESSES:
+                _wait_for_processes(url, served.workers)
+            yield url
+        except AssertionError as error:
+            log.seek(0)
+            raise AssertionError(f"{error}: {log.read().decode(errors='replace')[-2000:]}") from error
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30.0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # some leave their workers behind
+            process.wait()
 
 
 def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[str, str]]:
@@ -130,12 +98,10 @@ def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[st
         command = [tosca, "serve", "--store", served.store, "--port", str(port)]
         if server == OURS_PROCESSES:
             command += ["--processes", str(served.workers)]
-        return command, {
+        return command, {  # its threads by default are as many as the others get
             "TOSCA_LOG_LEVEL": "warning",  # no server here writes a line for every request
             "TOSCA_CLS_CACHE_BYTES": "0",
             "TOSCA_MAX_BATCH_SIZE": str(served.max_batch_size),
-            "TOSCA_TORCH_THREADS": str(served.threads),
-            "TOSCA_DECODE_THREADS": str(served.threads),
         }
     peer = {**PEERS, **WITH_OUR_ENGINE, **WITH_WORKERS}[server]
     python = sys.executable if peer.module == "plain_fastapi" else str(PEERS_PYTHON)
@@ -148,6 +114,28 @@ def _command(server: str, served: Served, port: int) -> tuple[list[str], dict[st
     if peer.has_workers:
         command += ["--workers", str(served.workers)]
     return command, {}
+
+
+def _wait_until_ready(url: str, server: str, process: "subprocess.Popen[bytes]", picture: Path) -> None:
+    """Until a first picture is answered."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"{server} ended"
+        with contextlib.suppress(httpx.HTTPError):
+            if _ask(url, picture).is_success:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"{server} was not ready within {START_TIMEOUT_S} s")
+
+
+def _wait_for_processes(url: str, num: int) -> None:
+    """The first answers while the others are still starting."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if sum(one["is_live"] for one in httpx.get(f"{url}/replicas").raise_for_status().json()) == num:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not all of {num} processes were ready within {START_TIMEOUT_S} s")
 
 
 def _ask(url: str, picture: Path) -> httpx.Response:
