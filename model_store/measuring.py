@@ -3,7 +3,8 @@ and how its passes share the processor.
 
 Passes of a runtime alternate with passes of the reference, and speed-ups are medians of the paired ratios,
 so that whatever else the machine does meanwhile strikes both. Those that are nearly the fastest are measured
-as they would be served, too: runtimes do not gain alike from passes side by side.
+as they would be served, too, since runtimes do not gain alike from passes side by side, and in the end they
+take turns with one another.
 """
 # B batch, N pictures, D features
 
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -36,6 +37,7 @@ from model_store.tuning import (
     Measurement,
     StreamsMeasurement,
     Tuning,
+    best_streams,
     contenders,
     fastest,
     hardware_name,
@@ -47,6 +49,7 @@ _PARITY_BATCH = 16
 _STREAM_BATCH_SIZES = (1, 8)
 _STREAM_ROUNDS = 3
 _PASSES_SIDE_BY_SIDE = 3
+_TURNS = 5  # of contenders, a pass each
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +111,15 @@ def tune(
         )
         for one in contenders(table)
     }
+    served = _take_turns(artefact, streams, exports, pictures, plan, num_threads)
     table = [
-        one.model_copy(update={"streams_gain": streams_gain(streams.get(one.runtime, ()))}) for one in table
+        one.model_copy(
+            update={
+                "streams_gain": streams_gain(streams.get(one.runtime, ())),
+                "served_images_per_s": served.get(one.runtime),
+            }
+        )
+        for one in table
     ]
     chosen = fastest(table)
     if chosen is None:
@@ -215,6 +225,39 @@ def _measure_streams(
     )
 
 
+def _take_turns(
+    artefact: BackboneArtefact,
+    streams: Mapping[str, Sequence[StreamsMeasurement]],
+    exports: _Exports,
+    pictures: LabelledPixels,
+    plan: Plan,
+    num_threads: int,
+) -> dict[str, float]:
+    """Images a second of contenders, by the name of the runtime, each with the streams that are best for it;
+    nothing for one alone."""
+    if len(streams) < 2:
+        return {}
+    loaded = [
+        Backbone.load(
+            artefact,
+            plan.device,
+            name,
+            export=exports.get(runtime_kind(name).export),
+            num_threads=num_threads,
+            num_streams=best_streams(measured) if measured else 1,
+        )
+        for name, measured in streams.items()
+    ]
+    pixels_BCHW = _repeat(pictures.pixels_NCHW, max(plan.batch_sizes))
+    for backbone in loaded:
+        time_side_by_side(backbone, pixels_BCHW, 1)  # kernels are chosen and memory is taken
+    turns = [[time_side_by_side(one, pixels_BCHW, 1) for one in loaded] for _ in range(_TURNS)]
+    return {
+        backbone.runtime_name: backbone.num_streams * len(pixels_BCHW) / statistics.median(seconds)
+        for backbone, seconds in zip(loaded, zip(*turns, strict=True), strict=True)
+    }
+
+
 def _measure(
     backbone: Backbone,
     reference: Backbone,
@@ -262,17 +305,19 @@ def time_pass(backbone: Backbone, pixels_BCHW: Tensor) -> float:
     return time.perf_counter() - started
 
 
-def time_side_by_side(backbone: Backbone, pixels_BCHW: Tensor) -> float:
+def time_side_by_side(
+    backbone: Backbone, pixels_BCHW: Tensor, num_passes: int = _PASSES_SIDE_BY_SIDE
+) -> float:
     """Seconds of a pass while every stream has one, over a few in a row."""
 
     def run(stream: int) -> None:
-        for _ in range(_PASSES_SIDE_BY_SIDE):
+        for _ in range(num_passes):
             backbone.embed_on(stream, pixels_BCHW)
 
     with ThreadPoolExecutor(backbone.num_streams) as pool:
         started = time.perf_counter()
         list(pool.map(run, range(backbone.num_streams)))
-        return (time.perf_counter() - started) / _PASSES_SIDE_BY_SIDE
+        return (time.perf_counter() - started) / num_passes
 
 
 def _repeat(pixels_NCHW: Tensor, num: int) -> Tensor:

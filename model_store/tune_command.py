@@ -106,6 +106,9 @@ def print_measurements(tuning: Tuning) -> None:
     for one in table:
         if one.refused is not None:
             out.print(f"{one.runtime} is refused: {one.refused}")
+    for one in table:
+        if one.served_images_per_s is not None:
+            out.print(f"{one.runtime}, in turns with the others: {one.served_images_per_s:.1f} images/s")
     for streams in tuning.streams:
         lone, full = min(streams.images_per_s), max(streams.images_per_s)
         out.print(

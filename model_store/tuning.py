@@ -84,6 +84,7 @@ class Measurement(_Record):
     latency_ms: Mapping[int, float] = {}  # of a whole pass, by batch size, medians
     speedup: Mapping[int, float] = {}  # over the reference by batch size, medians of paired passes
     streams_gain: Annotated[float, Field(gt=0.0)] = 1.0  # in speed, of the best number of passes side by side
+    served_images_per_s: float | None = None  # with that number, in turns with the other contenders
     parity: Parity | None = None
     export_sha256: Sha256 | None = None
 
@@ -111,10 +112,10 @@ class Tuning(_Record):
 
     Records of format 1 tell of no streams: one pass at a time. Exports of format 3 may read patches of bytes,
     which earlier versions do not give them: these pass such records over. Those of format 4 know what streams
-    are worth to other runtimes than the chosen one.
+    are worth to other runtimes than the chosen one, those of format 5 how contenders did in turns.
     """
 
-    format_version: Literal[1, 2, 3, 4] = 4
+    format_version: Literal[1, 2, 3, 4, 5] = 5
     backbone_fingerprint: Sha256
     hardware: str  # see `hardware_name`
     num_threads: int
@@ -143,8 +144,11 @@ def contenders(table: Sequence[Measurement]) -> list[Measurement]:
 
 
 def fastest(table: Sequence[Measurement]) -> Measurement | None:
-    """The measurement with the greatest speed as it is served among those not refused."""
-    return max(_passed(table), key=lambda one: one.served_speedup, default=None)
+    """The measurement with the greatest speed as it is served among those not refused. Where contenders took
+    turns, that decides: what either gained over the reference was measured at another time."""
+    return max(
+        _passed(table), key=lambda one: (one.served_images_per_s or 0.0, one.served_speedup), default=None
+    )
 
 
 def _passed(table: Sequence[Measurement]) -> list[Measurement]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import write_splits
 from pydantic import ValidationError
+from torch import Tensor
 
 from model_store import measuring
 from model_store.backbone import Backbone, BackboneArtefact
@@ -110,6 +111,15 @@ def test_what_gains_more_side_by_side_is_faster_as_it_is_served() -> None:
     assert (chosen.best_speedup, chosen.served_speedup) == (2.8, pytest.approx(3.36))
 
 
+def test_turns_of_the_contenders_decide() -> None:
+    table = [
+        measurement(name, speedup).model_copy(update={"served_images_per_s": served})
+        for name, speedup, served in (("a", 4.0, 17.0), ("b", 3.7, 19.0), ("c", 2.0, None))
+    ]
+    chosen = fastest(table)
+    assert chosen is not None and chosen.runtime == "b"
+
+
 def test_contenders_are_those_that_are_nearly_the_fastest_and_passed() -> None:
     table = [measurement(name, speedup) for name, speedup in (("a", 4.0), ("b", 2.9), ("c", 2.7))]
     refused = measurement("d", 9.0, refused="too rough")
@@ -130,10 +140,16 @@ def test_the_gain_of_streams_is_that_of_the_best_number(
 def test_runtimes_are_compared_as_they_would_be_served(
     tiny_artefact: BackboneArtefact, labelled_pixels: LabelledPixels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slower of two with one pass at a time gains by two, and is chosen with its streams."""
+    """The slower of two with one pass at a time gains by two, and is chosen with its streams when they take
+    turns. One that comes near neither takes none."""
     pytest.importorskip("openvino")
     speedup = {ONNX: 3.0, "openvino-float32": 2.5, REFERENCE: 1.0}
     gains = {ONNX: 10.0, "openvino-float32": 20.0}
+
+    def turn(own: Backbone, pixels_BCHW: Tensor, _: int) -> float:
+        return own.num_streams * len(pixels_BCHW) / gains[own.runtime_name]
+
+    monkeypatch.setattr(measuring, "time_side_by_side", turn)
     monkeypatch.setattr(measuring, "paired_seconds", lambda own, *_: (1.0, speedup[own.runtime_name]))
     monkeypatch.setattr(
         measuring,
@@ -143,6 +159,7 @@ def test_runtimes_are_compared_as_they_would_be_served(
     found = tune(tiny_artefact, labelled_pixels, replace(quick(*speedup), num_threads=2)).tuning
     assert (found.chosen, found.streams_on(2)) == ("openvino-float32", 2)
     assert [one.streams_gain for one in found.table] == [1.0, 2.0, 1.0]
+    assert [one.served_images_per_s for one in found.table] == [10.0, 20.0, None]
 
 
 # -- streams -----------------------------------------------------------------------------------------
@@ -319,7 +336,7 @@ def test_a_record_from_before_streams_means_one_pass_at_a_time(tiny_tuned: Tuned
 def test_a_record_from_before_runtimes_were_compared_in_streams_is_read(tiny_tuned: Tuned) -> None:
     old = tiny_tuned.tuning.model_dump(mode="json") | {"format_version": 3}
     for one in old["table"]:
-        del one["streams_gain"]
+        del one["streams_gain"], one["served_images_per_s"]
     (read,) = Tuning.model_validate(old).table
     assert read.served_speedup == read.best_speedup
 
