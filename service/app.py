@@ -41,6 +41,7 @@ from service.routes import (
     traffic,
 )
 from service.routes.console import add_console
+from service.routes.direct import Ahead, DirectRoute
 from service.routes.state import ServiceState, documented, require
 from service.settings import Plane, Settings
 from service.shedding import ShedLoad
@@ -113,6 +114,7 @@ def _include(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     """Routes that want a key, and those of /health, which do not."""
     for router in routers:
         app.include_router(router, dependencies=documented)
+        app.router.routes[:0] = [Ahead(one) for one in router.routes if isinstance(one, DirectRoute)]
     app.include_router(health.router)
     app.include_router(open_inference.health_router)
 

@@ -1,6 +1,6 @@
 """The direct route against FastAPI's own: the same answers, and the same refusals in the same words."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from model_store.store import ModelStore, with_task
 from service.app import create_app
 from service.keys import SCOPES, change_keys, make_key, now_utc
 from service.routes import predict
-from service.routes.direct import DirectRoute
+from service.routes.direct import Ahead, DirectRoute
 from service.schemas.predict import PredictResponse
 from service.settings import Settings
 
+URL = "http://127.0.0.1:8000"
 PNG = encoded(noise(0))
 VARYING = ("x-request-id", "content-length")
 WRONG_KEY = {"authorization": "Bearer wrong"}
@@ -105,14 +106,48 @@ def test_keys_and_their_scopes_count_as_with_fastapi(
     assert [status for status, _, _ in direct] == [401, 401, 422, 403, 403]
 
 
+@pytest.mark.parametrize("path", ["/predict", "/predict/", "/predictions"])
+def test_other_methods_and_paths_are_refused_as_by_fastapi(
+    path: str, settings: Settings, tiny_backbone: Backbone
+) -> None:
+    methods = ("GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "POST")
+    direct, solved = (
+        [client.request(one, path, content=PNG, follow_redirects=False) for one in methods]
+        for client in both(settings, tiny_backbone)
+    )
+    for ours, theirs in zip(direct, solved, strict=True):
+        assert (ours.status_code, ours.headers.get("allow")) == (
+            theirs.status_code,
+            theirs.headers.get("allow"),
+        )
+        assert ours.headers.get("location") == theirs.headers.get("location")
+
+
+def test_what_answers_is_ahead_of_fastapi_and_counted(settings: Settings, tiny_backbone: Backbone) -> None:
+    app = create_app(settings, tiny_backbone)
+    assert isinstance(app.router.routes[0], Ahead)
+    assert "/predict" in app.openapi()["paths"]
+    with TestClient(app, base_url=URL) as client:
+        assert client.post("/predict", content=PNG).is_success
+        counted = client.get("/metrics").text
+    assert 'tosca_request_duration_seconds_count{method="POST",route="/predict",status="200"} 1.0' in counted
+
+
 Asked = tuple[dict[str, str], str, bytes]
 Told = tuple[int, dict[str, str], object]
 
 
 def told_by_both(settings: Settings, backbone: Backbone, asked: list[Asked]) -> tuple[list[Told], list[Told]]:
     """What the direct route says, and what a plain route with the same endpoint says."""
+    direct, solved = (told(client, asked) for client in both(settings, backbone))
+    return direct, solved
+
+
+def both(settings: Settings, backbone: Backbone) -> Iterator[TestClient]:
+    """A client of the direct route, and one of a plain route with the same endpoint."""
+    with TestClient(create_app(settings, backbone), base_url=URL) as client:
+        yield client
     with pytest.MonkeyPatch.context() as patch:
-        direct = told(settings, backbone, asked)
         documented = next(route for route in predict.router.routes if isinstance(route, APIRoute))
         assert type(documented) is DirectRoute
         plain = APIRouter()
@@ -124,19 +159,19 @@ def told_by_both(settings: Settings, backbone: Backbone, asked: list[Asked]) -> 
             response_model_exclude_none=True,
         )
         patch.setattr(predict, "router", plain)
-        return direct, told(settings, backbone, asked)
+        with TestClient(create_app(settings, backbone), base_url=URL) as client:
+            yield client
 
 
-def told(settings: Settings, backbone: Backbone, asked: list[Asked]) -> list[Told]:
+def told(client: TestClient, asked: list[Asked]) -> list[Told]:
     """Answers without the ids, times and lengths that no two of them share."""
     answers: list[Told] = []
-    with TestClient(create_app(settings, backbone), base_url="http://127.0.0.1:8000") as client:
-        for headers, query, body in asked:
-            response = client.post(f"/predict?{query}", content=body, headers=headers)
-            document: dict[str, Any] = response.json()
-            document.pop("request_id", None)
-            for one in document.get("timings", ()):
-                one.update({name: 0.0 for name in one if name.endswith("_ms")})
-            shared = {name: value for name, value in response.headers.items() if name not in VARYING}
-            answers.append((response.status_code, shared, document))
+    for headers, query, body in asked:
+        response = client.post(f"/predict?{query}", content=body, headers=headers)
+        document: dict[str, Any] = response.json()
+        document.pop("request_id", None)
+        for one in document.get("timings", ()):
+            one.update({name: 0.0 for name in one if name.endswith("_ms")})
+        shared = {name: value for name, value in response.headers.items() if name not in VARYING}
+        answers.append((response.status_code, shared, document))
     return answers
