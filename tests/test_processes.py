@@ -275,6 +275,7 @@ def test_sigterm_answers_what_is_under_way_and_a_second_one_ends_at_once(
     assert listed_in(tasks) == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_terminal_reaches_each_process_and_drains_it_once(
     tasks: ModelStore, tmp_path: Path
 ) -> None:
@@ -369,6 +370,7 @@ def test_a_process_that_cannot_start_ends_the_service_with_its_fault_said_once(
     assert "server-1" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_one_line_of_the_first_process(tiny_store: ModelStore) -> None:
     result = ended(tiny_store, port=free_port(), require_signature=True, tls_key="/a/key")
     assert result.returncode == 1
