@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
-from benchmarks.many_tasks import moved_task, task_distance
+from benchmarks.many_tasks import demo_tasks
 from model_store.bank import ModuleBank
 from model_store.publishing import Publisher
 from model_store.store import ModelStore
@@ -34,16 +34,14 @@ def main() -> None:
     torch.set_num_threads(1)
     about = machine()
     bank = Publisher(ModelStore(DEMO / "store")).active.bank
-    template = bank.module("digits")
-    distance = task_distance(template, bank.module("textiles"))
-    modules = [moved_task(template, f"task{i:05}", distance, i) for i in range(max(COUNTS))]
+    modules = demo_tasks(bank, max(COUNTS))
     rows: list[dict[str, Any]] = []
     for count in COUNTS:
         asked = ModuleBank.build(
             modules[:count],
             revision=1,
             backbone_fingerprint=bank.backbone_fingerprint,
-            feature_dim=template.luca.feature_dim,
+            feature_dim=bank.feature_dim,
         )
         for module in asked.modules:
             asked.answer(module.calibration.cls_MD[:1].float())

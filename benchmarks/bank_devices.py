@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.bank_batches import BATCH_SIZES, COUNTS, DEMO, ROUNDS
 from benchmarks.machine import machine
-from benchmarks.many_tasks import moved_task, task_distance
+from benchmarks.many_tasks import demo_tasks
 from model_store.bank import ModuleBank
 from model_store.publishing import Publisher
 from model_store.store import ModelStore
@@ -42,9 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     about = machine()
     bank = Publisher(ModelStore(DEMO / "store")).active.bank
-    template = bank.module("digits")
-    distance = task_distance(template, bank.module("textiles"))
-    modules = [moved_task(template, f"task{i:05}", distance, i) for i in range(max(COUNTS))]
+    modules = demo_tasks(bank, max(COUNTS))
     rows: list[dict[str, Any]] = []
     for device in DEVICES:
         placed = [on_device(module, device) for module in modules]

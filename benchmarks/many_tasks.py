@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model_store.backbone import BackboneManifest
+from model_store.bank import ModuleBank
 from model_store.task_module import TaskModule
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -40,6 +41,13 @@ def moved_task(module: TaskModule, task: str, distance: float, seed: int) -> Tas
         statistics=replace(statistics, mean_KD=statistics.mean_KD + shift_D),
         calibration=replace(calibration, cls_MD=(calibration.cls_MD.float() + shift_D).half()),
     )
+
+
+def demo_tasks(bank: ModuleBank, num: int) -> list[TaskModule]:
+    """So many tasks from the ten-class one of the demo's bank, as far apart as its tasks are."""
+    template = bank.module("digits").whole()
+    distance = task_distance(template, bank.module("textiles").whole())
+    return [moved_task(template, f"task{i:05}", distance, i) for i in range(num)]
 
 
 def task_distance(one: TaskModule, other: TaskModule) -> float:

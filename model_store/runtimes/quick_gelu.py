@@ -6,8 +6,6 @@ weights of the layer before, its inverse into those of the layer after. Engines 
 either (docs/decisions/0015-cuda.md).
 """
 
-from typing import Any
-
 from torch import nn
 
 from model_store.runtimes.split_attention import plain_blocks
@@ -22,14 +20,11 @@ def silu_for_quick_gelu(model: nn.Module) -> nn.Module:
     layers = load_timm().layers
     for block in plain_blocks(model):
         mlp = block.mlp
-        if type(mlp) is layers.Mlp and isinstance(mlp.norm, nn.Identity) and _is_quick(mlp.act):
+        is_plain = type(mlp) is layers.Mlp and isinstance(mlp.norm, nn.Identity)
+        if is_plain and type(mlp.act) is layers.activations.QuickGELU:
             mlp.act = nn.SiLU()
             for one in (mlp.fc1.weight, mlp.fc1.bias):
                 if one is not None:
                     one.data.mul_(_FACTOR)
             mlp.fc2.weight.data.div_(_FACTOR)
     return model
-
-
-def _is_quick(activation: Any) -> bool:
-    return type(activation) is load_timm().layers.activations.QuickGELU
