@@ -13,6 +13,7 @@ from starlette.types import Lifespan
 
 from model_store.backbone import Backbone
 from model_store.backbone_loading import load_backbone
+from model_store.compute_threads import settle_compute_threads
 from model_store.publishing import Publisher
 from model_store.signatures import Trust
 from model_store.store import ModelStore
@@ -65,6 +66,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        settle_compute_threads()  # before the parts have threads, some of which compute by themselves
         with (
             contextlib.closing(tracing),
             AuditLog(settings.audit_log, telemetry.metrics.count_change) as audit,
