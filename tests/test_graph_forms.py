@@ -10,6 +10,7 @@ from model_store.backbone import BackboneArtefact, build_model
 from model_store.preprocess import Preprocessing
 from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_patches
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
+from model_store.runtimes.narrow_sums import FirstByProduct, narrow_sums
 from model_store.runtimes.quick_gelu import silu_for_quick_gelu
 from model_store.runtimes.runtime import PLAIN_GROUP
 from model_store.runtimes.smoothing import activation_group, smooth
@@ -92,6 +93,25 @@ def test_a_layer_that_reads_bytes_gives_the_same_vector(options: dict[str, Any])
     assert byte_patches(model, geometry()) is model
     assert isinstance(model.patch_embed, BytePatches)
     torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_cls_token_cut_out_by_a_product_gives_the_same_vector(options: dict[str, Any]) -> None:
+    model = model_of(PLAIN, **options)
+    whole_BD = embed(model)
+    assert narrow_sums(for_cls_alone(model)) is model
+    assert isinstance(model.blocks[-1].first, FirstByProduct)
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
+    written = split_attention(byte_patches(model, geometry()))
+    torch.testing.assert_close(embed(written), whole_BD, rtol=1e-4, atol=1e-4)
+
+
+def test_sums_of_wide_and_of_unknown_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = narrow_sums(model_of(PLAIN))
+    assert not any(isinstance(one, FirstByProduct) for one in unknown.modules())
+    monkeypatch.setattr("model_store.runtimes.narrow_sums.MAX_FEATURES", 191)
+    wide = narrow_sums(for_cls_alone(model_of(PLAIN)))
+    assert not any(isinstance(one, FirstByProduct) for one in wide.modules())
 
 
 def test_patches_of_a_picture_that_is_no_square_keep_their_places() -> None:

@@ -252,6 +252,21 @@ def test_openvino_reads_keys_where_they_lie(float_export: bytes) -> None:
     assert len(turning) == 11  # but the last block, where one token asks
 
 
+def test_openvino_adds_a_narrow_models_sums_in_bfloat16(float_export: bytes) -> None:
+    """Each block has two; those of the last one, of the CLS token alone, stay in float32."""
+    openvino = pytest.importorskip("openvino")
+    from model_store.runtimes.openvino_runtime import has_bfloat16
+
+    if not has_bfloat16():
+        pytest.skip("this processor has no bfloat16")
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(float_export), "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    told = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    sums = [one["outputPrecisions"].value for one in told if one["layerType"].value == "Eltwise"]
+    assert sums.count("bf16") >= 22
+    assert sums.count("f32") == 2
+
+
 @pytest.mark.parametrize("kind", [kind for kind in HERE if kind.export], ids=lambda kind: kind.name)
 def test_a_damaged_export_is_refused(
     kind: RuntimeKind, tiny_artefact: BackboneArtefact, float_export: bytes

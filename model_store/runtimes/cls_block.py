@@ -6,6 +6,7 @@ of work less, and the CLS vector is the same but for rounding (docs/decisions/00
 """
 # B batch, N tokens, Q tokens that ask (one), P key and value (2), D features, H heads, F features of a head
 
+from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ class ClsBlock(nn.Module):
         self.project = nn.Sequential(attention.norm, attention.proj, parts.ls1)
         self.before_attention, self.before_mlp = parts.norm1, parts.norm2
         self.mlp = nn.Sequential(parts.mlp, parts.ls2)
+        self.first: Callable[[Tensor], Tensor] = _first
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         normed_BND = self.before_attention(tokens_BND)
@@ -37,9 +39,13 @@ class ClsBlock(nn.Module):
         seen_BHQF = scaled_dot_product_attention(
             self.query_norm(query_BHQF), self.key_norm(key_BHNF), value_BHNF
         )
-        cls_BQD = tokens_BND[:, :1] + self.project(seen_BHQF.transpose(1, 2).flatten(2))
+        cls_BQD = self.first(tokens_BND) + self.project(seen_BHQF.transpose(1, 2).flatten(2))
         after_BQD: Tensor = cls_BQD + self.mlp(self.before_mlp(cls_BQD))
         return after_BQD
+
+
+def _first(tokens_BND: Tensor) -> Tensor:
+    return tokens_BND[:, :1]
 
 
 def for_cls_alone(model: nn.Module) -> nn.Module:
