@@ -29,8 +29,8 @@ from model_store.preprocess import Preprocessing
 from model_store.runtimes.byte_patches import byte_patches
 from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
-from model_store.runtimes.narrow_sums import narrow_sums
 from model_store.runtimes.onnx_export import export_float
+from model_store.runtimes.rewriting import rewritten
 from model_store.runtimes.runtime import PLAIN_GROUP, REFERENCE, runtime_kind
 from model_store.runtimes.smoothing import activation_group, smooth
 from model_store.runtimes.split_attention import split_attention
@@ -57,21 +57,17 @@ def reading_bytes(model: nn.Module, preprocessing: Preprocessing) -> nn.Module:
     return split_attention(for_cls_alone(byte_patches(model, preprocessing)))
 
 
-def with_narrow_sums(model: nn.Module, preprocessing: Preprocessing) -> nn.Module:
-    return split_attention(byte_patches(narrow_sums(for_cls_alone(model)), preprocessing))
-
-
 FORMS = {
     "whole": Form(lambda model, _: model),
     "cls_alone": Form(lambda model, _: for_cls_alone(model)),
     "split_attention": Form(lambda model, _: split_attention(for_cls_alone(model))),
     "byte_patches": Form(reading_bytes),
-    "narrow_sums": Form(with_narrow_sums),  # of a wide model the same as before
+    "narrow_sums": Form(rewritten),  # of a wide model the same as before
 }
 INT8_FORMS = {
-    "smooth": Form(with_narrow_sums, is_smooth=True),
-    "shared_scales": Form(with_narrow_sums, shares_scales=True),
-    "smooth_shared_scales": Form(with_narrow_sums, is_smooth=True, shares_scales=True),
+    "smooth": Form(rewritten, is_smooth=True),
+    "shared_scales": Form(rewritten, shares_scales=True),
+    "smooth_shared_scales": Form(rewritten, is_smooth=True, shares_scales=True),
 }
 
 

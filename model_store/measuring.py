@@ -25,13 +25,10 @@ from model_store.backbone import Backbone, BackboneArtefact, resolve_device
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidBackbone
 from model_store.parity import Answering, LabelledPixels, bank_answers, class_mean_answers, compare
-from model_store.runtimes.byte_patches import byte_patches
-from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import make_export
-from model_store.runtimes.narrow_sums import narrow_sums
+from model_store.runtimes.rewriting import rewritten
 from model_store.runtimes.runtime import REFERENCE, RUNTIMES, ExportForm, RuntimeKind, runtime_kind
 from model_store.runtimes.smoothing import activation_group, smooth
-from model_store.runtimes.split_attention import split_attention
 from model_store.runtimes.torch_runtime import Embedding
 from model_store.tuning import (
     Gate,
@@ -182,9 +179,9 @@ class _Exports:
             preprocessing = self._artefact.manifest.preprocessing
             model = smooth(self._artefact.model(), preprocessing, self._calibration_NCHW)
             group = activation_group(model)
-            model = narrow_sums(for_cls_alone(model))
-            model = split_attention(byte_patches(model, preprocessing))
-            self._made["float"] = export_float(Embedding(model, preprocessing), group)
+            self._made["float"] = export_float(
+                Embedding(rewritten(model, preprocessing), preprocessing), group
+            )
         return self._made["float"]
 
 

@@ -1,10 +1,6 @@
-"""Decode the picture on standard input, and make pixels of it where a side and a decoding are given: prints the
-bytes that its header promised and those it took.
+"""The memory that decoding a picture takes, and making pixels of it where a side and a decoding are given."""
 
-python tests/peak_memory.py [224 3] < picture.jpg
-"""
-
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +18,10 @@ def resident_bytes(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def opened(data: bytes, given: list[str]) -> OpenedImage | OpenedPicture:
+def opened(data: bytes, given: Sequence[int]) -> OpenedImage | OpenedPicture:
     if not given:
         return open_image(data, ImageLimits())
-    side, decoding = (int(one) for one in given)
+    side, decoding = given
     wanted = {"height": side, "width": side, "crop_fraction": 0.9, "decoding": decoding}
     preprocessing = Preprocessing.model_validate(
         wanted | {"interpolation": "bicubic", "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -40,16 +36,12 @@ def work(picture: OpenedImage | OpenedPicture) -> None:
         picture.load()
 
 
-def main() -> None:
-    data, given = sys.stdin.buffer.read(), sys.argv[1:]
+def measure(data: bytes, given: Sequence[int]) -> tuple[int, int]:
+    """The bytes that the picture's header promised and those it took; in a process that has done nothing yet."""
     torch.set_num_threads(1)  # as a thread of the decode pool
     work(opened(encoded(noise(size=(16, 16))), given))  # what the first picture loads is no picture's
     Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
     before = resident_bytes("VmRSS")
     picture = opened(data, given)
     work(picture)
-    print(picture.peak_bytes, resident_bytes("VmHWM") - before)
-
-
-if __name__ == "__main__":
-    main()
+    return picture.peak_bytes, resident_bytes("VmHWM") - before

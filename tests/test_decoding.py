@@ -4,14 +4,15 @@ Transparency, animations and further oddities: tests/attacks/test_hostile_pictur
 """
 
 import io
+import multiprocessing
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from typing import get_args
 
 import numpy as np
+import peak_memory
 import pytest
 from pictures import encoded, noise, tiled_tiff
 from PIL import Image, ImageCms, ImageFilter, TiffImagePlugin
@@ -375,8 +376,12 @@ def test_a_tile_larger_than_its_picture_is_in_the_promise() -> None:
 
 def peak_bytes(data: bytes, *given: int) -> tuple[int, int]:
     """What a picture's header promised and what it took, in a process of its own."""
-    script = Path(__file__).with_name("peak_memory.py")
-    command = [sys.executable, script, *map(str, given)]
-    done = subprocess.run(command, input=data, capture_output=True, check=True)
-    promised, taken = (int(one) for one in done.stdout.split())
-    return promised, taken
+    return _processes().submit(peak_memory.measure, data, given).result()
+
+
+@cache
+def _processes() -> ProcessPoolExecutor:
+    """A new process a call, forked from one that has imported what is measured, and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["model_store.preprocess"])
+    return ProcessPoolExecutor(1, context, max_tasks_per_child=1)

@@ -12,6 +12,7 @@ from model_store.runtimes.byte_patches import BytePatches, byte_patches, cut_pat
 from model_store.runtimes.cls_block import ClsBlock, for_cls_alone
 from model_store.runtimes.narrow_sums import FirstByProduct, narrow_sums
 from model_store.runtimes.quick_gelu import silu_for_quick_gelu
+from model_store.runtimes.rewriting import rewritten
 from model_store.runtimes.runtime import PLAIN_GROUP
 from model_store.runtimes.smoothing import activation_group, smooth
 from model_store.runtimes.split_attention import SplitAttention, split_attention
@@ -102,8 +103,8 @@ def test_a_cls_token_cut_out_by_a_product_gives_the_same_vector(options: dict[st
     assert narrow_sums(for_cls_alone(model)) is model
     assert isinstance(model.blocks[-1].first, FirstByProduct)
     torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
-    written = split_attention(byte_patches(model, geometry()))
-    torch.testing.assert_close(embed(written), whole_BD, rtol=1e-4, atol=1e-4)
+    assert rewritten(model, geometry()) is model
+    torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_of_wide_and_of_unknown_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_inputs_of_like_size_give_the_same_vector(options: dict[str, Any]) -> No
     assert smooth(model, geometry(), real_pixels()) is model
     assert not torch.equal(model.blocks[-1].attn.qkv.weight, before_OI)
     torch.testing.assert_close(embed(model), whole_BD, rtol=1e-4, atol=1e-4)
-    written = split_attention(for_cls_alone(byte_patches(model, geometry())))
+    written = rewritten(model, geometry())
     torch.testing.assert_close(embed(written), whole_BD, rtol=1e-4, atol=1e-4)
 
 

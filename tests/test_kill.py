@@ -64,7 +64,7 @@ def _run(store: ModelStore, make_module: MakeModule, tmp_path: Path, num_kills: 
 def test_acknowledged_registrations_survive_kill_9(
     tiny_store: ModelStore, make_module: MakeModule, tmp_path: Path
 ) -> None:
-    _run(tiny_store, make_module, tmp_path, num_kills=3)
+    _run(tiny_store, make_module, tmp_path, num_kills=2)
 
 
 @pytest.mark.slow

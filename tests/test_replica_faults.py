@@ -22,7 +22,7 @@ from service.client import Client, Retries
 MakeModule = Callable[..., bytes]
 PICTURES = [encoded(noise(i % 3, seed=i)) for i in range(6)]
 # A record lapses after three heartbeats and a second.
-SETTINGS = {"store_poll_s": 0.2, "replica_heartbeat_s": 2.0, "log_level": "warning"}
+SETTINGS = {"store_poll_s": 0.2, "replica_heartbeat_s": 1.0, "log_level": "warning"}
 Start = Callable[[], RunningServer]
 
 

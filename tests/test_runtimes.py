@@ -15,10 +15,9 @@ from model_store.errors import InvalidBackbone
 from model_store.measuring import Tuned
 from model_store.parity import LabelledPixels
 from model_store.preprocess import stack_pixels
-from model_store.runtimes.byte_patches import byte_patches
-from model_store.runtimes.cls_block import for_cls_alone
 from model_store.runtimes.loading import load_export, make_export
 from model_store.runtimes.onnx_export import INPUT, OUTPUT, export_float
+from model_store.runtimes.rewriting import rewritten
 from model_store.runtimes.runtime import (
     ACTIVATION_GROUP,
     KINDS,
@@ -29,7 +28,6 @@ from model_store.runtimes.runtime import (
     runtime_kind,
 )
 from model_store.runtimes.smoothing import smooth
-from model_store.runtimes.split_attention import split_attention
 from model_store.runtimes.torch_runtime import Embedding
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -167,19 +165,23 @@ def test_equal_weights_and_pictures_give_equal_exports(
 ) -> None:
     preprocessing = tiny_artefact.manifest.preprocessing
     model = smooth(tiny_artefact.model(), preprocessing, labelled_pixels.pixels_NCHW)
-    model = split_attention(for_cls_alone(byte_patches(model, preprocessing)))
-    again = export_float(Embedding(model, preprocessing), 192)
+    again = export_float(Embedding(rewritten(model, preprocessing), preprocessing), 192)
     assert again == float_export
+
+
+@pytest.fixture(scope="module")
+def export_of_pixels(tiny_artefact: BackboneArtefact) -> bytes:
+    """As timm writes the model."""
+    return export_float(Embedding(tiny_artefact.model(), tiny_artefact.manifest.preprocessing))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in HERE if kind.export], ids=lambda kind: kind.name)
 def test_an_export_that_reads_pixels_goes_on_working(
-    kind: RuntimeKind, tiny_artefact: BackboneArtefact, tiny_backbone: Backbone
+    kind: RuntimeKind, tiny_artefact: BackboneArtefact, tiny_backbone: Backbone, export_of_pixels: bytes
 ) -> None:
     """As stores have them from before first layers read bytes, and as other models are exported."""
-    given = export_float(Embedding(tiny_artefact.model(), tiny_artefact.manifest.preprocessing))
     assert kind.export is not None
-    export = make_export(kind.export, given, pixels(8, seed=5))
+    export = make_export(kind.export, export_of_pixels, pixels(8, seed=5))
     backbone = Backbone.load(tiny_artefact, "cpu", kind.name, export=export)
     cls_BD = backbone.embed(pixels(3))
     assert (
