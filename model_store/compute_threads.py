@@ -28,14 +28,14 @@ def one_compute_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def settle_compute_threads() -> int:
-    """Let this thread keep the number of compute threads that it begins with; that number.
+def settle_compute_threads() -> None:
+    """Let this thread keep the number of compute threads that it begins with.
 
     A thread takes it from torch's global number when it first computes, and `use_one_compute_thread` changes
     that number for a moment: whoever began just then would compute by itself for good.
     """
     with _setting:
-        return torch.get_num_threads()  # the first call settles it
+        torch.get_num_threads()  # the first call settles it
 
 
 def use_one_compute_thread() -> None:
