@@ -19,7 +19,7 @@ from service.questions import Question, TimedAnswer
 from service.timings import Interval
 
 # How long pictures must have come alone for the next one to get the whole device.
-ALONE_FOR_S = 1.0
+ALONE_FOR_S = 0.2
 # What is waiting is divided into so many parts a stream, of which a free stream takes one. A deep queue makes
 # large batches, which are efficient; in a short one no picture waits for a pass of its batch-mates.
 _PARTS_A_STREAM = 2
