@@ -1,5 +1,7 @@
-"""Shared fixtures: a tiny random backbone for speed, the demo store for real pictures and weights."""
+"""Shared fixtures: a tiny random backbone for speed, the demo store for real pictures and weights, and `tosca` in
+this process."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from fastapi.testclient import TestClient
-from pictures import write_splits
+from pictures import encoded, noise, write_splits
 from synthetic import DEMO_STORE, make_features
+from tosca_command import TINY, Result, Tosca
 
+from model_store import commands
 from model_store.backbone import Backbone, BackboneArtefact
 from model_store.backbone_sources import from_timm
 from model_store.measuring import Plan, Tuned, tune
@@ -98,3 +102,72 @@ def client(
         for task, seed in (("birds", 1), ("cars", 2)):
             assert client.post("/tasks", content=make_module(task, seed=seed)).status_code == 201
         yield client
+
+
+@pytest.fixture
+def tosca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Tosca]:
+    """Run `tosca ARGS` in this process, in an empty folder; faults other than its own come through."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TOSCA_DEVICE", "cpu")
+    for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_RUNTIME"):
+        monkeypatch.delenv(name, raising=False)
+    registered = list(commands.app.registered_commands)
+    groups = list(commands.app.registered_groups)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr("sys.argv", ["tosca", *(str(one) for one in arguments)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            commands.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            commands.app.registered_commands[:] = registered
+            commands.app.registered_groups[:] = groups
+        captured = capsys.readouterr()
+        assert isinstance(code, int)
+        return Result(code, captured.out, captured.err)
+
+    yield run
+    commands.app.registered_commands[:] = registered
+
+
+@pytest.fixture(scope="session")
+def trained_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `tosca` has put a backbone, trained `colours` and `shades`; copied for every test."""
+    root = tmp_path_factory.mktemp("trained")
+    write_splits(root / "colours", train=6, test=3)
+    for i, label in enumerate(("dark", "light")):
+        for split, seeds in (("train", range(6)), ("test", range(6, 9))):
+            (root / "shades" / split / label).mkdir(parents=True)
+            for j in seeds:
+                grey = noise(0, 50 * i + j).convert("L").point(lambda v, i=i: v // 4 + 190 * i).convert("RGB")
+                (root / "shades" / split / label / f"{j}.png").write_bytes(encoded(grey))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setenv("TOSCA_DEVICE", "cpu")
+        for arguments in (
+            ["backbone", "add", TINY, "--random-weights", "--image-size", "32"],
+            ["train", "--task", "colours", "--data", "colours"],
+            ["train", "--task", "shades", "--data", "shades"],
+        ):
+            registered = list(commands.app.registered_commands)
+            patch.setattr("sys.argv", ["tosca", *arguments])
+            try:
+                commands.main()
+            except SystemExit as stop:
+                assert not stop.code, arguments
+            finally:
+                commands.app.registered_commands[:] = registered
+    return root
+
+
+@pytest.fixture
+def trained(tosca: Tosca, trained_store: Path, tmp_path: Path) -> Tosca:
+    """`tosca` in a folder of its own with a trained store: revision 3, tasks colours and shades."""
+    shutil.copytree(trained_store, tmp_path, dirs_exist_ok=True)
+    return tosca

@@ -1,72 +1,26 @@
 """The engine: batching, bounds, deadlines, cancellation and isolation, over a backbone that waits."""
 
 import asyncio
-import io
 import os
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gated import GatedBackbone
-from PIL import Image
+from gated_engine import backbone, bank, entered, picture, settings, start
 from torch import Tensor
 
 from model_store.backbone import Backbone
 from model_store.bank import ModuleBank
 from model_store.errors import InvalidImage, UnknownTask
-from model_store.module_file import read_module
 from model_store.preprocess import to_pixels
-from service.cls_cache import ClsCache
 from service.engine import Engine
-from service.errors import DeadlineExceeded, EngineStopped, Overloaded, ShuttingDown
-from service.inference import Inference
-from service.metrics import Metrics
+from service.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from service.questions import Question
-from service.settings import Settings
 
-
-def picture(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((32, 32, 3), value, dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def bank(tiny_backbone: Backbone, make_module: Callable[..., bytes]) -> ModuleBank:
-    return ModuleBank.build(
-        [read_module(make_module(task, seed=seed)).module for task, seed in (("birds", 1), ("cars", 2))],
-        revision=3,
-        backbone_fingerprint=tiny_backbone.fingerprint,
-        feature_dim=tiny_backbone.feature_dim,
-    )
-
-
-@pytest.fixture
-def backbone(tiny_backbone: Backbone) -> Iterator[GatedBackbone]:
-    gated = GatedBackbone(tiny_backbone)
-    yield gated
-    gated.gate.set()
-
-
-def settings(**changes: object) -> Settings:
-    return Settings(max_batch_size=4, **changes)
-
-
-async def entered(backbone: GatedBackbone) -> None:
-    """Wait until one more pass has begun."""
-    await asyncio.to_thread(backbone.entered.acquire)
-
-
-def start(engine: Engine) -> None:
-    """Forget the warm-up's passes."""
-    while engine.backbone.entered.acquire(blocking=False):
-        pass
-    engine.backbone.batch_sizes.clear()
+__all__ = ["backbone", "bank"]  # fixtures
 
 
 def hold_decoding(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
@@ -334,226 +288,6 @@ def test_a_pass_that_hangs_fails_the_liveness_check(backbone: GatedBackbone, ban
         torch.manual_seed(0)
 
 
-# -- streams -----------------------------------------------------------------------------------------
-
-
-class StreamedBackbone(GatedBackbone):
-    """Three streams; notes on which of them each pass runs, None for the whole device."""
-
-    num_streams = 3
-
-    def __init__(self, inner: Backbone) -> None:
-        super().__init__(inner)
-        self.streams: list[int | None] = []
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        self.streams.append(None)
-        return super().embed(pixels_BCHW)
-
-    def embed_on(self, stream: int, pixels_BCHW: Tensor) -> Tensor:
-        self.streams.append(stream)
-        return super().embed(pixels_BCHW)
-
-
-@pytest.fixture
-def streamed(tiny_backbone: Backbone) -> Iterator[StreamedBackbone]:
-    backbone = StreamedBackbone(tiny_backbone)
-    yield backbone
-    backbone.gate.set()
-
-
-async def test_passes_run_side_by_side_on_all_streams(streamed: StreamedBackbone, bank: ModuleBank) -> None:
-    pictures = [picture(20 * i) for i in range(3)]
-    with Engine(streamed, settings(cls_cache_bytes=0)) as engine:
-        start(engine)
-        streamed.streams.clear()
-        streamed.gate.clear()
-        together = asyncio.create_task(engine.answer(pictures, Question(bank)))
-        for _ in range(3):
-            await entered(streamed)
-        assert set(streamed.streams) == {0, 1, 2}
-        streamed.gate.set()
-        answers = await together
-        alone = [(await engine.answer([one], Question(bank)))[0] for one in pictures]
-    for one, other in zip(answers, alone, strict=True):
-        assert one.answer.label == other.answer.label
-        torch.testing.assert_close(one.cls_D, other.cls_D, rtol=0, atol=1e-4)
-
-
-async def test_a_picture_that_comes_alone_has_the_whole_device(
-    streamed: StreamedBackbone, bank: ModuleBank
-) -> None:
-    with Engine(streamed, settings()) as engine:
-        streamed.streams.clear()
-        await engine.answer([picture(1)], Question(bank))
-    assert streamed.streams == [None]
-
-
-async def test_answers_are_given_beside_the_next_pass(streamed: StreamedBackbone, bank: ModuleBank) -> None:
-    go_on = threading.Event()
-
-    class SlowBank:
-        def __getattr__(self, name: str) -> object:
-            return getattr(bank, name)
-
-        def answer(self, *args: object, **kwargs: object) -> object:
-            assert go_on.wait(60.0)
-            return bank.answer(*args, **kwargs)
-
-    with Engine(streamed, settings()) as engine:
-        start(engine)
-        streamed.streams.clear()
-        slow = asyncio.create_task(engine.answer([picture(1)], Question(SlowBank())))
-        await entered(streamed)
-        assert await engine.answer([picture(2)], Question(bank))
-        assert not slow.done()
-        go_on.set()
-        await slow
-
-
-class MeetingRuntime:
-    """A stream whose passes wait for one on each of the others; notes how many pictures each had, and when
-    it ended."""
-
-    device = torch.device("cpu")
-    batch_buckets = ()
-
-    def __init__(self, meeting: threading.Barrier, feature_dim: int) -> None:
-        self.passes: list[tuple[int, float]] = []
-        self._meeting = meeting
-        self._feature_dim = feature_dim
-
-    def embed(self, pixels_BCHW: Tensor) -> Tensor:
-        self._meeting.wait(60.0)
-        self.passes.append((len(pixels_BCHW), time.monotonic()))
-        return torch.zeros(len(pixels_BCHW), self._feature_dim)
-
-
-def test_streams_are_warmed_side_by_side_as_they_will_serve(tiny_backbone: Backbone) -> None:
-    """So the first estimate of how long a picture takes is not that of one stream after another."""
-    dim = tiny_backbone.feature_dim
-    whole, meeting = MeetingRuntime(threading.Barrier(1), dim), threading.Barrier(3)
-    streams = [MeetingRuntime(meeting, dim) for _ in range(3)]
-    backbone = Backbone(tiny_backbone.manifest, whole, "openvino-float32", streams=streams)
-    cache = ClsCache(0, backbone.fingerprint, backbone.variant)
-    warming = Inference(backbone, cache, Metrics(), max_batch_size=4, max_wait_s=0.0, drain_s=lambda: 0.0)
-    seconds_each = warming.warm_up()
-    ended_at = time.monotonic()
-    assert [size for size, _ in whole.passes] == [1]
-    assert [[size for size, _ in one.passes] for one in streams] == [[1, 2, 4]] * 3
-    largest_began_at = max(one.passes[1][1] for one in streams)  # at the earliest
-    assert 0.0 < 3 * 4 * seconds_each <= ended_at - largest_began_at
-
-
-async def test_one_dead_stream_ends_all(
-    streamed: StreamedBackbone, bank: ModuleBank, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class ThreadDeath(BaseException):
-        pass
-
-    def die(*_: object) -> Tensor:
-        raise ThreadDeath
-
-    with Engine(streamed, settings(cls_cache_bytes=0)) as engine:
-        start(engine)
-        monkeypatch.setattr(streamed, "embed_on", die)
-        results = await asyncio.gather(
-            *(engine.answer([picture(i)] * 2, Question(bank)) for i in range(9)), return_exceptions=True
-        )
-        assert {type(one) for one in results} == {EngineStopped}
-        assert not engine.is_alive
-        assert engine.num_admitted == 0
-
-
-# -- the CLS cache -----------------------------------------------------------------------------------
-
-
-async def test_a_picture_seen_before_costs_no_pass(backbone: GatedBackbone, bank: ModuleBank) -> None:
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        first = (await engine.answer([picture(5)], Question(bank)))[0]
-        again = (await engine.answer([picture(5)], Question(bank)))[0]
-        assert backbone.batch_sizes == [1]
-        assert first.answer == again.answer and torch.equal(first.cls_D, again.cls_D)
-        assert (first.timings.batch_size, again.timings.batch_size) == (1, 0)
-        assert (engine.cache.statistics.num_hits, engine.cache.statistics.num_misses) == (1, 1)
-
-
-async def test_cached_vectors_survive_a_registration(backbone: GatedBackbone, bank: ModuleBank) -> None:
-    smaller = ModuleBank.build(
-        bank.modules[:1],
-        revision=4,
-        backbone_fingerprint=bank.backbone_fingerprint,
-        feature_dim=bank.feature_dim,
-    )
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        await engine.answer([picture(5)], Question(bank))
-        answer = (await engine.answer([picture(5)], Question(smaller)))[0].answer
-    assert backbone.batch_sizes == [1]
-    assert (answer.receipt.revision, answer.task) == (4, smaller.modules[0].task)
-
-
-async def test_known_and_new_pictures_keep_their_order(backbone: GatedBackbone, bank: ModuleBank) -> None:
-    with Engine(backbone, settings()) as engine:
-        alone = [(await engine.answer([picture(40 * i)], Question(bank)))[0].cls_D for i in range(6)]
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        await engine.answer([picture(40), picture(120)], Question(bank))
-        together = await engine.answer([picture(40 * i) for i in range(6)], Question(bank))
-    assert sum(backbone.batch_sizes) == 6
-    for one, other in zip(alone, together, strict=True):
-        torch.testing.assert_close(one, other.cls_D, rtol=0, atol=1e-4)
-
-
-async def test_the_same_picture_waiting_twice_shares_a_place_in_the_pass(
-    backbone: GatedBackbone, bank: ModuleBank
-) -> None:
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        answers = await engine.answer([picture(7)] * 3, Question(bank))
-    assert sum(backbone.batch_sizes) == 1
-    assert answers[0].answer == answers[1].answer == answers[2].answer
-
-
-async def test_a_known_picture_does_not_wait_for_the_device(
-    backbone: GatedBackbone, bank: ModuleBank
-) -> None:
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        await engine.answer([picture(5)], Question(bank))
-        await entered(backbone)
-        backbone.gate.clear()
-        busy = asyncio.create_task(engine.answer([picture(6)], Question(bank)))
-        await entered(backbone)
-        assert await engine.answer([picture(5)], Question(bank))
-        assert not busy.done()
-        backbone.gate.set()
-        await busy
-
-
-async def test_without_memory_every_picture_costs_a_pass(backbone: GatedBackbone, bank: ModuleBank) -> None:
-    with Engine(backbone, settings(cls_cache_bytes=0)) as engine:
-        start(engine)
-        for _ in range(2):
-            await engine.answer([picture(5)], Question(bank))
-    assert backbone.batch_sizes == [1, 1]
-
-
-async def test_vectors_in_place_of_pictures_get_the_same_answer(
-    backbone: GatedBackbone, bank: ModuleBank
-) -> None:
-    with Engine(backbone, settings()) as engine:
-        start(engine)
-        seen = await engine.answer([picture(5), picture(90)], Question(bank))
-        backbone.batch_sizes.clear()
-        again = await engine.answer(torch.stack([one.cls_D for one in seen]), Question(bank))
-    assert backbone.batch_sizes == []
-    assert [one.answer.label for one in again] == [one.answer.label for one in seen]
-    for one, other in zip(seen, again, strict=True):
-        assert one.answer.confidence == pytest.approx(other.answer.confidence, abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("buckets", "warmed"), [((), [1, 2, 4]), ((1, 3, 64), [1, 3, 4]), ((4, 8), [4])], ids=str
 )
@@ -563,18 +297,3 @@ def test_every_batch_bucket_is_warmed(
     backbone.batch_buckets = buckets
     with Engine(backbone, settings()):
         assert backbone.batch_sizes == warmed
-
-
-async def test_a_known_picture_is_answered_as_it_was_asked(backbone: GatedBackbone, bank: ModuleBank) -> None:
-    """Every part of a question counts on the short way, too."""
-    with Engine(backbone, settings()) as engine:
-        await engine.answer([picture(5)], Question(bank))
-        for question in (
-            Question(bank, task="cars", top_k=2),
-            Question(bank, selection="entropy", top_k=3),
-            Question(bank, coverage=0.9, abstain_level=0.5),
-        ):
-            known = (await engine.answer([picture(5)], question))[0]
-            assert known.timings.batch_size == 0
-            with Engine(backbone, settings(cls_cache_bytes=0)) as fresh:
-                assert known.answer == (await fresh.answer([picture(5)], question))[0].answer

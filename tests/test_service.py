@@ -1,39 +1,19 @@
-"""The HTTP service over a real (tiny) backbone, a real store and real module files."""
+"""Answers of the HTTP service over a real (tiny) backbone, a real store and real module files."""
 
 import base64
-import gc
-import io
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from small_service import picture, settings
 from starlette.testclient import TestClient
-from synthetic import make_features
 
 from model_store.backbone import Backbone
-from model_store.publishing import Publisher
-from model_store.store import ModelStore
-from service.app import create_app
-from service.settings import Settings
-from training.trainer import train_task
 
 MakeModule = Callable[..., bytes]
+__all__ = ["settings"]  # a fixture
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 48), kind: str = "PNG") -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def settings(tiny_store: ModelStore) -> Settings:
-    return Settings(store=tiny_store.url, store_poll_s=0.0, max_images_per_request=8, max_body_bytes=2**20)
+# -- pictures ----------------------------------------------------------------------------------------
 
 
 def test_raw_multipart_and_json_bodies_get_the_same_answer(client: TestClient) -> None:
@@ -133,335 +113,6 @@ def test_timings_are_given_when_asked_for(client: TestClient) -> None:
     assert timings[0]["batch_size"] == 1
 
 
-def test_registering_replaces_and_reports_what_it_replaced(
-    client: TestClient, make_module: MakeModule
-) -> None:
-    before = client.get("/tasks/birds").json()["module_sha256"]
-    response = client.post("/tasks", content=make_module("birds", seed=5), params={"reason": "retrained"})
-    assert response.status_code == 201, response.text
-    assert response.json()["replaced_sha256"] == before
-    assert client.get("/tasks/birds").json()["module_sha256"] != before
-    assert client.get("/revisions").json()[0]["reason"] == "retrained"
-
-
-def test_registering_the_active_file_again_changes_nothing(
-    client: TestClient, make_module: MakeModule
-) -> None:
-    revision = client.get("/tasks").json()["revision"]
-    response = client.post("/tasks", content=make_module("birds", seed=1))
-    assert response.status_code == 200
-    assert response.json()["published"] is False
-    assert client.get("/tasks").json()["revision"] == revision
-
-
-def test_dry_run_reports_the_impact_and_changes_nothing(client: TestClient, make_module: MakeModule) -> None:
-    before = client.get("/tasks").json()
-    response = client.post("/tasks", params={"dry_run": True}, content=make_module("planes", seed=3))
-    assert response.status_code == 200
-    impact = {one["task"]: one for one in response.json()["impact"]}
-    assert impact.keys() == {"birds", "cars", "planes"}
-    assert impact["planes"]["before"] is None
-    assert impact["birds"]["before"]["num_vectors"] > 0
-    assert client.get("/tasks").json() == before
-
-
-def test_harmful_registration_is_refused_unless_forced(client: TestClient, tiny_backbone: Backbone) -> None:
-    twin = _twin_of_birds(tiny_backbone)
-    refused = client.post("/tasks", content=twin)
-    assert refused.status_code == 409, refused.text
-    assert refused.json()["type"] == "urn:tosca:problem:harms-other-tasks"
-    assert "twins" not in [one["task"] for one in client.get("/tasks").json()["tasks"]]
-    forced = client.post("/tasks", content=twin, params={"force": True})
-    assert forced.status_code == 201
-    assert forced.json()["harmed"] == ["birds"]
-
-
-def _twin_of_birds(tiny_backbone: Backbone) -> bytes:
-    """The task `birds` under another name and with other labels: a perfect competitor."""
-    birds = make_features("birds", seed=1, per_class=8)
-    twins = replace(
-        birds, name="twins", labels=tuple(label.replace("birds", "twins") for label in birds.labels)
-    )
-    return train_task("twins", twins, tiny_backbone.manifest, seed=1).data
-
-
-def wait_for_the_loader(client: TestClient) -> None:
-    """Until everything is done that was asked of its thread before."""
-    assert client.portal is not None
-    client.portal.call(client.app.state.service.registry.read, lambda _: None)  # type: ignore[attr-defined]
-
-
-def test_the_bank_before_a_change_is_freed(client: TestClient, make_module: MakeModule) -> None:
-    registry = client.app.state.service.registry  # type: ignore[attr-defined]
-    assert client.post("/predict", content=picture()).status_code == 200
-    before = weakref.ref(registry.active.bank)
-    assert client.post("/tasks", content=make_module("planes", seed=3)).status_code == 201
-    assert client.post("/predict", content=picture()).status_code == 200
-    wait_for_the_loader(client)
-    gc.collect()
-    assert before() is None
-
-
-def test_freed_memory_is_given_back_after_a_change(
-    client: TestClient, make_module: MakeModule, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wait_for_the_loader(client)
-    given_back: list[int] = []
-    served = client.app.state.service.registry  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        "service.registry.give_back_memory", lambda: given_back.append(served.active.revision.number)
-    )
-    change = client.post("/tasks", content=make_module("planes", seed=3)).json()
-    wait_for_the_loader(client)
-    assert given_back == [change["revision"]]
-    assert client.post("/tasks", content=make_module("planes", seed=3)).json()["published"] is False
-    wait_for_the_loader(client)
-    assert len(given_back) == 1
-
-
-def test_module_files_also_come_as_multipart_and_by_reference(
-    client: TestClient, make_module: MakeModule, tiny_store: ModelStore
-) -> None:
-    response = client.post("/tasks", files={"module": ("planes.safetensors", make_module("planes", seed=3))})
-    assert response.status_code == 201
-    sha256 = tiny_store.put_module(make_module("ships", seed=4))
-    response = client.post("/tasks", json={"module_sha256": sha256})
-    assert response.status_code == 201
-    assert client.get("/tasks/ships").json()["module_sha256"] == sha256
-
-
-def test_removing_a_task_restores_earlier_answers_bit_for_bit(
-    client: TestClient, make_module: MakeModule
-) -> None:
-    pictures = [picture(seed) for seed in range(5)]
-
-    def answers() -> list[dict[str, object]]:
-        found = [client.post("/predict", content=one).json()["predictions"][0] for one in pictures]
-        return [{**one, "receipt": one["receipt"]["module_sha256"]} for one in found]
-
-    before = answers()
-    assert client.post("/tasks", content=make_module("planes", seed=3)).status_code == 201
-    assert client.delete("/tasks/planes").status_code == 200
-    assert answers() == before
-
-
-def test_rollback_brings_back_an_old_set_as_a_new_revision(client: TestClient) -> None:
-    old = client.get("/tasks").json()
-    assert client.delete("/tasks/cars").json()["published"] is True
-    response = client.post(f"/revisions/{old['revision']}/rollback")
-    assert response.status_code == 200
-    now = client.get("/tasks").json()
-    assert now["tasks"] == old["tasks"]
-    assert now["revision"] == old["revision"] + 2
-
-
-def test_restart_finds_every_acknowledged_registration(
-    client: TestClient, settings: Settings, tiny_backbone: Backbone
-) -> None:
-    before = client.get("/tasks").json()
-    with TestClient(create_app(settings, tiny_backbone)) as again:
-        assert again.get("/tasks").json() == before
-
-
-def test_revisions_of_other_writers_are_taken_over(
-    client: TestClient, tiny_store: ModelStore, make_module: MakeModule
-) -> None:
-    Publisher(tiny_store).register(make_module("ships", seed=4))
-    response = client.post("/tasks", content=make_module("planes", seed=3))  # follows before it publishes
-    assert response.status_code == 201
-    assert {one["task"] for one in client.get("/tasks").json()["tasks"]} == {
-        "birds",
-        "cars",
-        "planes",
-        "ships",
-    }
-
-
-def test_health_tells_alive_from_ready(client: TestClient) -> None:
-    assert client.get("/health/live").json() == {"status": "live"}
-    ready = client.get("/health/ready").json()
-    assert ready["num_tasks"] == 2
-    assert ready["revision"] == client.get("/tasks").json()["revision"]
-
-
-def test_openapi_describes_bodies_answers_and_refusals(client: TestClient) -> None:
-    document = client.get("/openapi.json").json()
-    predict = document["paths"]["/predict"]["post"]
-    assert {"image/jpeg", "multipart/form-data", "application/json"} <= predict["requestBody"][
-        "content"
-    ].keys()
-    assert "application/problem+json" in predict["responses"]["422"]["content"]
-    assert document["components"]["schemas"]["Prediction"]["properties"]["label"]["examples"]
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-BAD_PREDICTIONS: list[tuple[str, dict[str, object], int, str]] = [
-    ("empty body", {"content": b""}, 422, "invalid-request"),
-    ("text", {"content": b"hello"}, 415, "unsupported-image-format"),
-    (
-        "wrong content type",
-        {"content": b"hello", "headers": {"content-type": "text/html"}},
-        415,
-        "unsupported-media-type",
-    ),
-    ("pdf", {"content": b"%PDF-1.7 ..."}, 415, "unsupported-image-format"),
-    ("svg", {"content": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, 415, "unsupported-image-format"),
-    ("truncated png", {"content": picture()[:200]}, 422, "invalid-image"),
-    ("truncated jpeg", {"content": picture(kind="JPEG")[:300]}, 422, "invalid-image"),
-    ("too many bytes", {"content": b"\xff" * (2**20 + 1)}, 413, "body-too-large"),
-    ("elongated", {"content": picture(size=(1, 60000))}, 413, "image-too-large"),
-    ("unknown task", {"content": picture(), "params": {"task": "nobody"}}, 404, "unknown-task"),
-    ("top_k zero", {"content": picture(), "params": {"top_k": 0}}, 422, "invalid-request"),
-    ("top_k huge", {"content": picture(), "params": {"top_k": 10**6}}, 422, "invalid-request"),
-    ("top_k text", {"content": picture(), "params": {"top_k": "many"}}, 422, "invalid-request"),
-    ("unknown selection", {"content": picture(), "params": {"selection": "magic"}}, 422, "invalid-request"),
-    (
-        "json that is none",
-        {"content": b"{", "headers": {"content-type": "application/json"}},
-        422,
-        "invalid-request",
-    ),
-    ("json without images", {"json": {}}, 422, "invalid-request"),
-    ("json with no image", {"json": {"images": []}}, 422, "invalid-request"),
-    (
-        "json with an unknown field",
-        {"json": {"images": [_base64(picture())], "colour": 1}},
-        422,
-        "invalid-request",
-    ),
-    ("json that is not base64", {"json": {"images": ["%%%"]}}, 422, "invalid-request"),
-    ("json list", {"json": [1, 2]}, 422, "invalid-request"),
-    (
-        "deep json",
-        {"content": b"[" * 5000, "headers": {"content-type": "application/json"}},
-        422,
-        "invalid-request",
-    ),
-    ("too many images", {"files": [("image", picture()) for _ in range(9)]}, 422, "invalid-request"),
-    (
-        "multipart without file",
-        {"content": b"--x--\r\n", "headers": {"content-type": "multipart/form-data; boundary=x"}},
-        422,
-        "invalid-request",
-    ),
-    (
-        "multipart without boundary",
-        {"content": b"abc", "headers": {"content-type": "multipart/form-data"}},
-        422,
-        "invalid-request",
-    ),
-    (
-        "one bad of two",
-        {"files": [("image", picture()), ("image", b"junk")]},
-        415,
-        "unsupported-image-format",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("request_", "status", "kind"),
-    [row[1:] for row in BAD_PREDICTIONS],
-    ids=[row[0] for row in BAD_PREDICTIONS],
-)
-def test_bad_prediction_requests_get_a_problem_document(
-    client: TestClient, request_: dict[str, object], status: int, kind: str
-) -> None:
-    response = client.post("/predict", **request_)
-    _assert_problem(response, status, kind, "/predict")
-    assert client.post("/predict", content=picture()).status_code == 200  # and nobody else is hurt
-
-
-BAD_MODULES: list[tuple[str, dict[str, object], int, str]] = [
-    ("empty body", {"content": b""}, 422, "invalid-request"),
-    ("text", {"content": b"hello world"}, 422, "invalid-module"),
-    ("a picture", {"content": picture()}, 422, "invalid-module"),
-    (
-        "wrong content type",
-        {"content": b"x", "headers": {"content-type": "text/plain"}},
-        415,
-        "unsupported-media-type",
-    ),
-    ("unknown reference", {"json": {"module_sha256": "0" * 64}}, 404, "unknown-module"),
-    ("malformed reference", {"json": {"module_sha256": "../../etc/passwd"}}, 422, "invalid-request"),
-    ("two files", {"files": [("module", b"a"), ("module", b"b")]}, 422, "invalid-request"),
-]
-
-
-@pytest.mark.parametrize(
-    ("request_", "status", "kind"), [row[1:] for row in BAD_MODULES], ids=[row[0] for row in BAD_MODULES]
-)
-def test_bad_registrations_get_a_problem_document_and_change_nothing(
-    client: TestClient, request_: dict[str, object], status: int, kind: str
-) -> None:
-    before = client.get("/tasks").json()
-    _assert_problem(client.post("/tasks", **request_), status, kind, "/tasks")
-    assert client.get("/tasks").json() == before
-
-
-def test_damaged_module_files_change_nothing(
-    client: TestClient, make_module: MakeModule, tiny_store: ModelStore
-) -> None:
-    good = make_module("planes", seed=3)
-    before = client.get("/tasks").json()
-    files = set(Path(tiny_store.url).rglob("*"))
-    flipped = bytearray(good)
-    flipped[len(good) // 2] ^= 0x40
-    for bad in (good[:-1], good[: len(good) // 2], bytes(flipped), good + b"\0"):
-        _assert_problem(client.post("/tasks", content=bad), 422, None, "/tasks")
-    assert client.get("/tasks").json() == before
-    assert set(Path(tiny_store.url).rglob("*")) == files
-
-
-def test_module_for_another_backbone_is_refused(
-    client: TestClient, make_module: MakeModule, tiny_backbone: Backbone
-) -> None:
-    other = tiny_backbone.manifest.model_copy(update={"weights_sha256": "0" * 64})
-    stranger = train_task("planes", make_features("planes"), other).data
-    _assert_problem(client.post("/tasks", content=stranger), 409, "fingerprint-mismatch", "/tasks")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/tasks/nobody", 404),
-        ("DELETE", "/tasks/nobody", 404),
-        ("POST", "/revisions/999/rollback", 404),
-        ("POST", "/revisions/0/rollback", 422),
-        ("POST", "/revisions/x/rollback", 422),
-        ("GET", "/revisions?limit=0", 422),
-        ("GET", "/nowhere", 404),
-        ("GET", "/predict", 405),
-        ("PUT", "/tasks", 405),
-    ],
-)
-def test_bad_addresses_get_a_problem_document(
-    client: TestClient, method: str, path: str, status: int
-) -> None:
-    _assert_problem(client.request(method, path), status, None, path.split("?")[0])
-
-
-def test_predicting_without_tasks_says_what_to_do(settings: Settings, tiny_backbone: Backbone) -> None:
-    with TestClient(create_app(settings, tiny_backbone)) as client:
-        response = client.post("/predict", content=picture())
-        _assert_problem(response, 422, "invalid-request", "/predict")
-        assert "register" in response.json()["detail"]
-
-
-def _assert_problem(response: object, status: int, kind: str | None, instance: str) -> None:
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/problem+json"
-    body = response.json()
-    assert body["status"] == status
-    assert body["instance"] == instance
-    assert body["detail"]
-    if kind is not None:
-        assert body["type"] == f"urn:tosca:problem:{kind}"
-
-
 # -- CLS vectors in place of pictures ----------------------------------------------------------------
 
 
@@ -534,13 +185,21 @@ def test_pictures_and_vectors_are_two_forms(body: dict[str, object], client: Tes
     assert "go together" in refused.json()["detail"] or "either images or cls" in refused.json()["detail"]
 
 
-def test_after_a_bug_the_answer_says_that_its_connection_closes(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
+# -- the service itself ------------------------------------------------------------------------------
 
-    monkeypatch.setattr("service.routes.traffic.TrafficOut.of", fail)
-    response = client.get("/traffic")
-    assert response.status_code == 500
-    assert response.headers["connection"] == "close"
+
+def test_health_tells_alive_from_ready(client: TestClient) -> None:
+    assert client.get("/health/live").json() == {"status": "live"}
+    ready = client.get("/health/ready").json()
+    assert ready["num_tasks"] == 2
+    assert ready["revision"] == client.get("/tasks").json()["revision"]
+
+
+def test_openapi_describes_bodies_answers_and_refusals(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    predict = document["paths"]["/predict"]["post"]
+    assert {"image/jpeg", "multipart/form-data", "application/json"} <= predict["requestBody"][
+        "content"
+    ].keys()
+    assert "application/problem+json" in predict["responses"]["422"]["content"]
+    assert document["components"]["schemas"]["Prediction"]["properties"]["label"]["examples"]
