@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_banks import near
 from random_modules import FEATURE_DIM, build_bank, random_module, with_calibration, without_calibration
 
 from model_store.bank import ModuleBank
@@ -33,13 +34,6 @@ def sites(seed: int = 0, **options: object) -> list[TaskModule]:
         site("bern", seed + 2, ("bolt", "nut"), "other", **options),
         site("solo", seed + 3, ("bolt", "nut"), None, **options),
     ]
-
-
-def near(bank: ModuleBank, num: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    mean_KD = torch.cat([module.statistics.mean_KD for module in bank.modules])
-    first, second = (mean_KD[torch.randint(len(mean_KD), (num,), generator=generator)] for _ in range(2))
-    return 0.6 * first + 0.4 * second + 0.3 * torch.randn(num, FEATURE_DIM, generator=generator)
 
 
 def blunt(bank: ModuleBank) -> ModuleBank:

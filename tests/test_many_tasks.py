@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_banks import near
 from random_modules import FEATURE_DIM, build_bank, random_cls, random_module
 
 import model_store.impact
@@ -54,14 +55,6 @@ def both_ways(
     blend = dense.blend if sharpness is None else dataclasses.replace(dense.blend, sharpness=sharpness)
     sparse = dataclasses.replace(sparse, blend=blend, true_probability_N=dense.true_probability_N)
     return dataclasses.replace(dense, blend=blend), sparse
-
-
-def near(bank: ModuleBank, num: int, seed: int = 0) -> torch.Tensor:
-    """Vectors between the classes of a bank, so that several tasks are plausible."""
-    generator = torch.Generator().manual_seed(seed)
-    mean_KD = torch.cat([module.statistics.mean_KD for module in bank.modules])
-    first, second = (mean_KD[torch.randint(len(mean_KD), (num,), generator=generator)] for _ in range(2))
-    return 0.6 * first + 0.4 * second + 0.3 * torch.randn(num, FEATURE_DIM, generator=generator)
 
 
 @given(
