@@ -11,9 +11,8 @@ import torch
 from fastapi.testclient import TestClient
 from pictures import encoded, noise, write_splits
 from synthetic import DEMO_STORE, make_features
-from tosca_command import TINY, Result, Tosca
+from tosca_command import TINY, Result, Tosca, call_tosca
 
-from model_store import commands
 from model_store.backbone import Backbone, BackboneArtefact
 from model_store.backbone_sources import from_timm
 from model_store.measuring import Plan, Tuned, tune
@@ -105,35 +104,21 @@ def client(
 
 
 @pytest.fixture
-def tosca(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Tosca]:
+def tosca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tosca:
     """Run `tosca ARGS` in this process, in an empty folder; faults other than its own come through."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("TOSCA_DEVICE", "cpu")
     for name in ("TOSCA_STORE", "TOSCA_SERVER", "TOSCA_CACHE", "TOSCA_RUNTIME"):
         monkeypatch.delenv(name, raising=False)
-    registered = list(commands.app.registered_commands)
-    groups = list(commands.app.registered_groups)
 
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr("sys.argv", ["tosca", *(str(one) for one in arguments)])
         capsys.readouterr()
-        code: object = 0
-        try:
-            commands.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        finally:
-            commands.app.registered_commands[:] = registered
-            commands.app.registered_groups[:] = groups
+        code = call_tosca(*arguments)
         captured = capsys.readouterr()
-        assert isinstance(code, int)
         return Result(code, captured.out, captured.err)
 
-    yield run
-    commands.app.registered_commands[:] = registered
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -155,14 +140,7 @@ def trained_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["train", "--task", "colours", "--data", "colours"],
             ["train", "--task", "shades", "--data", "shades"],
         ):
-            registered = list(commands.app.registered_commands)
-            patch.setattr("sys.argv", ["tosca", *arguments])
-            try:
-                commands.main()
-            except SystemExit as stop:
-                assert not stop.code, arguments
-            finally:
-                commands.app.registered_commands[:] = registered
+            assert call_tosca(*arguments) == 0, arguments
     return root
 
 

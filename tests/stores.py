@@ -50,10 +50,3 @@ def store(url: str, tiny_artefact: BackboneArtefact) -> ModelStore:
     store = ModelStore(url, author="tests")
     store.publish_first(store.put_backbone(tiny_artefact))
     return store
-
-
-@pytest.fixture
-def local(tmp_path: Path, tiny_artefact: BackboneArtefact) -> ModelStore:
-    store = ModelStore(tmp_path / "local")
-    store.publish_first(store.put_backbone(tiny_artefact))
-    return store

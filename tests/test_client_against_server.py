@@ -103,12 +103,16 @@ def test_a_server_that_is_not_there_is_unreachable() -> None:
 # -- the commands built on it ------------------------------------------------------------------------
 
 
-def test_tosca_remote_shows_and_changes_a_server(
-    served: tuple[RunningServer, str], make_module: MakeModule, tmp_path: Path
-) -> None:
+@pytest.fixture
+def cars_file(make_module: MakeModule, tmp_path: Path) -> Path:
+    """A module file of the task "cars"."""
+    path = tmp_path / "cars.safetensors"
+    path.write_bytes(make_module("cars", seed=2))
+    return path
+
+
+def test_tosca_remote_shows_and_changes_a_server(served: tuple[RunningServer, str], cars_file: Path) -> None:
     server, key = served
-    module = tmp_path / "cars.safetensors"
-    module.write_bytes(make_module("cars", seed=2))
 
     def remote(*arguments: object) -> Any:
         options = ["--server", server.url, "--key", key, "--json"]
@@ -117,8 +121,8 @@ def test_tosca_remote_shows_and_changes_a_server(
         return json.loads(result.stdout)
 
     before = remote("status")["revision"]
-    assert not remote("add", module, "--dry-run")["published"]
-    assert remote("add", module, "--reason", "more traffic")["revision"] == before + 1
+    assert not remote("add", cars_file, "--dry-run")["published"]
+    assert remote("add", cars_file, "--reason", "more traffic")["revision"] == before + 1
     assert [one["task"] for one in remote("tasks")["tasks"]] == ["birds", "cars"]
     assert remote("remove", "cars")["published"]
     assert [one["reason"] for one in remote("revisions", "--limit", 2)] == ["remove cars", "more traffic"]
@@ -126,35 +130,29 @@ def test_tosca_remote_shows_and_changes_a_server(
     assert remote("rollback", before)["published"]
 
 
-def test_tosca_remote_prints_tables_for_people(
-    served: tuple[RunningServer, str], make_module: MakeModule, tmp_path: Path
-) -> None:
+def test_tosca_remote_prints_tables_for_people(served: tuple[RunningServer, str], cars_file: Path) -> None:
     server, key = served
-    module = tmp_path / "cars.safetensors"
-    module.write_bytes(make_module("cars", seed=2))
     variables = {"TOSCA_SERVER": server.url, "TOSCA_API_KEY": key}
     for arguments, expected in (
         (("status",), "ready: revision"),
         (("tasks",), "birds"),
         (("revisions",), "add birds"),
-        (("add", str(module), "--dry-run"), "nothing published"),
+        (("add", str(cars_file), "--dry-run"), "nothing published"),
     ):
         result = CliRunner().invoke(remote_app, arguments, env=variables, catch_exceptions=False)
         assert result.exit_code == 0 and expected in result.output
 
 
 def test_tosca_remote_waits_for_replicas_and_fails_when_some_do_not_follow(
-    served: tuple[RunningServer, str], make_module: MakeModule, tmp_path: Path
+    served: tuple[RunningServer, str], cars_file: Path
 ) -> None:
     server, key = served
-    module = tmp_path / "cars.safetensors"
-    module.write_bytes(make_module("cars", seed=2))
     variables = {"TOSCA_SERVER": server.url, "TOSCA_API_KEY": key}
 
     def remote(*arguments: str) -> Any:
         return CliRunner().invoke(remote_app, arguments, env=variables, catch_exceptions=False)
 
-    waited = remote("add", str(module), "--wait")
+    waited = remote("add", str(cars_file), "--wait")
     assert waited.exit_code == 0 and "served by 1 replica" in waited.output
     records = ModelStore(server.log.parent / "store").replicas
     records.write("sleeper", 1, 3600.0)

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 
 import pytest
 from certificates import self_signed
+from tosca_command import call_tosca
 
-from model_store import checkup, commands
+from model_store import checkup
 from model_store.checkup import Finding, check_machine, check_packages, check_store, examine
 from model_store.publishing import Publisher
 from model_store.signatures import Signer, SignerList, make_private_key, public_text, read_private_key
@@ -40,25 +41,11 @@ def store(tiny_store: ModelStore, make_module: MakeModule) -> ModelStore:
     return tiny_store
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["tosca", *arguments])
-    registered = list(commands.app.registered_commands), list(commands.app.registered_groups)
-    try:
-        commands.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        commands.app.registered_commands[:], commands.app.registered_groups[:] = registered
-    return 0
-
-
 # -- the command -------------------------------------------------------------------------------------
 
 
-def test_a_sound_installation_is_told_so(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "doctor", "--store", store.url, "--json") == 0
+def test_a_sound_installation_is_told_so(store: ModelStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call_tosca("doctor", "--store", store.url, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["healthy"] is True
     assert {one["area"] for one in report["findings"]} == {"packages", "machine", "store", "service"}
@@ -66,16 +53,16 @@ def test_a_sound_installation_is_told_so(
 
 
 def test_something_broken_is_told_by_the_exit_status(
-    store: ModelStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: ModelStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     [module] = Path(store.url).glob("modules/*")
     module.write_bytes(module.read_bytes()[:-1] + b"!")
-    assert run(monkeypatch, "doctor", "--store", store.url) == 1
+    assert call_tosca("doctor", "--store", store.url) == 1
     printed = capsys.readouterr()
     [line] = [one for one in printed.out.splitlines() if one.startswith("broken\t")]
     assert line.split("\t")[1:3] == ["store", "task birds"] and "SHA-256" in line
     assert "broken: 1" in printed.err
-    assert run(monkeypatch, "doctor", "--store", store.url, "--json") == 1
+    assert call_tosca("doctor", "--store", store.url, "--json") == 1
     assert json.loads(capsys.readouterr().out)["healthy"] is False
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from faulty_files import WatchedFiles, watch
-from stores import SHA, local, s3_credentials, s3_endpoint, store, url
+from stores import SHA, s3_credentials, s3_endpoint, store, url
 
 from model_store.backbone import BackboneArtefact
 from model_store.errors import Conflict, UnknownRevision, UnknownTask
@@ -17,7 +17,7 @@ from model_store.object_files import ObjectFiles
 from model_store.revision import Revision
 from model_store.store import ModelStore, with_task, without_task
 
-__all__ = ["local", "s3_credentials", "s3_endpoint", "store", "url"]  # fixtures
+__all__ = ["s3_credentials", "s3_endpoint", "store", "url"]  # fixtures
 
 
 def test_the_first_revision_has_a_backbone_and_no_tasks(
@@ -59,16 +59,16 @@ def test_the_head_is_found_from_any_known_number(store: ModelStore) -> None:
     assert {store.head_number(known) for known in range(14)} == {13}
 
 
-def test_looking_for_something_new_is_one_small_request(local: ModelStore) -> None:
+def test_looking_for_something_new_is_one_small_request(tiny_store: ModelStore) -> None:
     """However long the log is; behind it, steps that double and halve find the newest."""
     for number in range(2, 6):
-        local.publish(lambda revision, number=number: {f"task{number}": SHA}, "test")
-    files = WatchedFiles(ObjectFiles(local.url), watch)
-    store = ModelStore(local.url, files=files)
+        tiny_store.publish(lambda revision, number=number: {f"task{number}": SHA}, "test")
+    files = WatchedFiles(ObjectFiles(tiny_store.url), watch)
+    store = ModelStore(tiny_store.url, files=files)
     assert store.head_number(known=5) == 5
     assert files.operations == ["head revisions/000000000006.json"]
     for _ in range(2):
-        local.publish(lambda _: {}, "something new")
+        tiny_store.publish(lambda _: {}, "something new")
     files.operations.clear()
     assert store.head_number(known=5) == 7
     assert files.operations == [f"head revisions/{number:012}.json" for number in (6, 8, 7)]

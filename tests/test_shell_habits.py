@@ -5,13 +5,12 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from tosca_command import Result, Tosca, call_tosca
 
 from model_store import commands
 from model_store.backbone import BackboneArtefact
@@ -47,34 +46,15 @@ def every_command() -> dict[str, Any]:
 COMMANDS = every_command()
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Tosca = Callable[..., Result]
-
-
 @pytest.fixture
 def tosca(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tosca:
     """`tosca ARGS` in this process, with no terminal in sight."""
 
     def run(*arguments: str, **environment: str) -> Result:
-        registered = list(commands.app.registered_commands), list(commands.app.registered_groups)
         with monkeypatch.context() as patch:
-            patch.setattr("sys.argv", ["tosca", *arguments])
             for name, value in environment.items():
                 patch.setenv(name, value)
-            code: object = 0
-            try:
-                commands.main()
-            except SystemExit as stop:
-                code = stop.code or 0
-            finally:
-                commands.app.registered_commands[:], commands.app.registered_groups[:] = registered
-        assert isinstance(code, int)
+            code = call_tosca(*arguments)
         captured = capsys.readouterr()
         return Result(code, captured.out, captured.err)
 

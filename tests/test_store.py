@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from stores import SHA, local, s3_credentials, s3_endpoint, store, url
+from stores import SHA, s3_credentials, s3_endpoint, store, url
 
 from model_store.backbone import BackboneArtefact
 from model_store.errors import (
@@ -19,7 +19,7 @@ from model_store.errors import (
 from model_store.object_files import ObjectFiles
 from model_store.store import ModelStore, with_task
 
-__all__ = ["local", "s3_credentials", "s3_endpoint", "store", "url"]  # fixtures
+__all__ = ["s3_credentials", "s3_endpoint", "store", "url"]  # fixtures
 
 
 # -- modules and backbones ---------------------------------------------------------------------------
@@ -187,21 +187,21 @@ def test_an_unusable_url_is_refused(url: str) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into read-only folders")
-def test_a_read_only_folder_is_unavailable(local: ModelStore) -> None:
-    modules = Path(local.url) / "modules"
+def test_a_read_only_folder_is_unavailable(tiny_store: ModelStore) -> None:
+    modules = Path(tiny_store.url) / "modules"
     modules.mkdir(exist_ok=True)
     modules.chmod(0o500)
     try:
         with pytest.raises(StoreUnavailable, match="does not answer"):
-            local.put_module(b"module")
+            tiny_store.put_module(b"module")
     finally:
         modules.chmod(0o700)
 
 
-def test_a_folder_that_is_in_the_way_is_unavailable(local: ModelStore) -> None:
-    (Path(local.url) / "modules").write_text("a file where a folder should be")
+def test_a_folder_that_is_in_the_way_is_unavailable(tiny_store: ModelStore) -> None:
+    (Path(tiny_store.url) / "modules").write_text("a file where a folder should be")
     with pytest.raises(StoreUnavailable, match="does not answer"):
-        local.put_module(b"module")
+        tiny_store.put_module(b"module")
 
 
 def test_a_bucket_that_is_not_there_is_unavailable(
